@@ -1,0 +1,134 @@
+"""Recipe and model -> `Compressed`: prune, factorize, fold batch norm, quantize activations, encode, in this order."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from octoc.compressed import Compressed, Skip
+from octoc.errors import UsageError
+from octoc.graph import bias_of, fold_batch_norm
+from octoc.model import Layer, Model
+from octoc.qtensor import Affine, QTensor, Scheme
+from octoc.quantize import encode
+from octoc.quantize.activations import (
+    Range,
+    encode_bias,
+    integer_layers,
+    rewrite,
+    separate_biases,
+)
+from octoc.recipe import Decision, Encode, Factorize, FoldBatchNorm, Prune, QuantizeActivations, Recipe
+
+
+def fingerprint(model: Model) -> str:
+    """sha256 of the graph and its tensors, the same in every process."""
+    digest = hashlib.sha256()
+    for node in model.graph.nodes:
+        digest.update(f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}\n".encode())
+    for name in sorted(model.tensors):
+        tensor = model.tensors[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def restructure(model: Model, steps: Iterable[Decision]) -> Model:
+    """Applies the steps that change the graph or its floats, in their order; encodings are left to `encode_weights`."""
+    for step in steps:
+        match step:
+            case Prune() | Factorize():
+                folder = "prune" if isinstance(step, Prune) else "lowrank"
+                amount = step.sparsity if isinstance(step, Prune) else step.rank
+                model = _method(folder, step.method).rewrite(model, _layer(model, step.tensor), amount)
+            case FoldBatchNorm():
+                model = fold_batch_norm(model)
+            case QuantizeActivations():
+                model = quantize_activations(model, {n: Range(*pair) for n, pair in step.ranges.items()})
+            case Encode():
+                pass
+    return model
+
+
+def quantize_activations(model: Model, ranges: Mapping[str, Range]) -> Model:
+    """The model with int8 activations where ranges are given."""
+    missing = sorted(set(ranges) - set(model.nodes()))
+    if missing:
+        raise UsageError(f"the recipe gives ranges for {len(missing)} values the network lacks, such as {missing[0]}")
+    return rewrite(separate_biases(model), ranges)
+
+
+def _method(folder: str, name: str) -> Any:
+    module = f"octoc.{folder}.{name}"
+    if not name.isidentifier() or importlib.util.find_spec(module) is None:
+        raise UsageError(f"there is no method {name!r} in octoc/{folder}/")
+    return importlib.import_module(module)
+
+
+def _layer(model: Model, name: str) -> Layer:
+    for layer in model.layers():
+        if layer.name == name:
+            return layer
+    raise UsageError(f"the recipe names the weight {name}, which the network lacks")
+
+
+class Encoder:
+    """Encodes the weights of one model, each (weight, scheme, dtype) once: a fleet shares what its devices share."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._done: dict[tuple[str, str, str], QTensor] = {}
+
+    def __call__(self, layer: Layer, scheme: Scheme, dtype: str) -> QTensor:
+        key = (layer.name, str(scheme), dtype)
+        if key not in self._done:
+            weight = self.model.tensors[layer.name].detach().numpy()
+            self._done[key] = encode(weight, scheme, layer.axis, dtype=dtype)
+        return self._done[key]
+
+
+def encode_weights(
+    model: Model, steps: Iterable[Encode], encoder: Callable[[Layer, Scheme, str], QTensor]
+) -> dict[str, QTensor]:
+    """Compressed weights by name, and the 32-bit biases of layers that run in integers.
+
+    Args:
+        model: after `restructure`.
+        steps: what each weight becomes.
+        encoder: computes one.
+    """
+    layers = {layer.name: layer for layer in model.layers()}
+    coded: dict[str, QTensor] = {}
+    for step in steps:
+        if step.tensor not in layers:
+            raise UsageError(f"the recipe names the weight {step.tensor}, which the network lacks")
+        coded[step.tensor] = encoder(layers[step.tensor], Scheme.parse(step.scheme), step.dtype)
+    for name, uses in integer_layers(model).items():
+        weight = coded.get(name)
+        if not runs_in_integers(weight):
+            continue
+        assert isinstance(weight, Affine)
+        for node, found in uses:
+            bias = bias_of(node)
+            if bias is not None:
+                values = model.tensors[str(bias.target)].detach().numpy()
+                coded[str(bias.target)] = encode_bias(values, weight, found.scale)
+    return coded
+
+
+def runs_in_integers(weight: QTensor | None) -> bool:
+    """Whether integer kernels take the weight: symmetric int8, one scale a tensor or an output channel."""
+    if not isinstance(weight, Affine) or weight.bits != 8 or not weight.signed or weight.zero_point is not None:
+        return False
+    return sum(size > 1 for size in weight.scale.shape) <= 1
+
+
+def apply(recipe: Recipe, model: Model, encoder: Callable[[Layer, Scheme, str], QTensor] | None = None) -> Compressed:
+    """The compressed network of a recipe."""
+    shaped = restructure(model, recipe.steps)
+    coded = encode_weights(shaped, recipe.of(Encode), encoder or Encoder(shaped))
+    left = [layer.name for layer in shaped.layers() if layer.name not in coded]
+    return Compressed(shaped, coded, tuple(Skip(name, "the recipe leaves it in floats") for name in left))

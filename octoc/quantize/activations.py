@@ -1,0 +1,305 @@
+"""Static int8 activations: where they are quantized, and over which range.
+
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018
+(where quantizers stand so that every operation between them can run in integers); ranges by least expected squared
+error over a streaming histogram.
+
+1. `quantization_points` walks the graph and names the values that become int8: inputs and outputs of operations that
+   integer kernels exist for, after the activation that is fused into them.
+2. Calibration runs the network batch by batch and keeps one histogram a point, never an activation.
+3. `choose_range` takes the range of least expected error. Before a leaky ReLU a negative value counts with the square
+   of the slope, because that is what is left of its error afterwards.
+4. `rewrite` inserts quantize/dequantize pairs: the graph then is the definition of what all formats compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import Tensor, fx
+
+from octoc.graph import bias_of, fresh_name, set_bias
+from octoc.model import KINDS, Model, argument, aten
+from octoc.qtensor import Affine
+from octoc.stats import Histogram
+
+KIND = "rewrite"
+LOW, HIGH = -128, 127
+
+# Operations with integer kernels in LiteRT and onnxruntime: they read int8 and write int8.
+_COMPUTE = {
+    *(target for target, kind in KINDS.items() if kind.bias is not None),
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.mul.Tensor,
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.mean.dim,
+    aten.leaky_relu.default,
+    aten.leaky_relu_.default,
+    aten.cat.default,
+}
+# What a kernel applies to its result before it is rounded.
+_FUSED = {
+    aten.relu.default,
+    aten.relu_.default,
+    aten.relu6.default,
+    aten.relu6_.default,
+    aten.hardtanh.default,
+    aten.hardtanh_.default,
+}
+# Operations that move values without changing them: int8 in, the same int8 out.
+_MOVES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.max_pool2d.default,
+    aten.clone.default,
+}
+_SLOPED = {aten.leaky_relu.default, aten.leaky_relu_.default}
+
+
+@dataclass(frozen=True)
+class Range:
+    """How one value becomes int8: code = round(value / scale) + zero_point, saturated to [-128, 127]."""
+
+    scale: float
+    zero_point: int
+
+
+def moves(node: fx.Node) -> bool:
+    """Whether the node only moves values, zeros that padding brings included."""
+    if node.target in _MOVES:
+        return True
+    return (
+        node.target is aten.pad.default
+        and argument(node, "mode", 2, "constant") == "constant"
+        and not argument(node, "value", 3, None)
+    )
+
+
+def computes(node: fx.Node) -> bool:
+    """Whether integer kernels exist for the node as it stands."""
+    if node.op != "call_function" or node.target not in _COMPUTE:
+        return False
+    kind = KINDS.get(node.target)
+    if kind is not None:
+        weight = node.args[kind.weight]
+        return isinstance(weight, fx.Node) and weight.op == "get_attr"
+    return all(source.op != "get_attr" for source in node.all_input_nodes)
+
+
+def quantization_points(model: Model) -> dict[str, str]:
+    """Values that become int8.
+
+    Returns:
+        name of the node whose value is quantized -> name of the node whose range it takes (itself, or for a node that
+        only moves values the one they come from).
+    """
+    floats = {n for n in model.graph.nodes if n.op == "placeholder" and _is_float(model, n)}
+    points: dict[str, str] = {}
+    for node in model.graph.nodes:
+        if node.op == "placeholder" and node in floats and any(_reads_int8(user) for user in node.users):
+            points[node.name] = node.name
+        elif computes(node):
+            end = _after_fused(node)
+            points[end.name] = end.name
+            for source in node.all_input_nodes:
+                if source.op == "call_function" and _is_real(source):
+                    points.setdefault(source.name, source.name)
+        elif node.op == "call_function" and moves(node):
+            source = node.args[0]
+            if isinstance(source, fx.Node) and source.name in points:
+                points[node.name] = points[source.name]
+    return points
+
+
+def _is_float(model: Model, node: fx.Node) -> bool:
+    return next(spec.dtype.is_floating_point for spec in model.inputs if spec.name == node.name)
+
+
+def _is_real(node: fx.Node) -> bool:
+    """Not a size, a tuple or a value that a fused activation still changes."""
+    return "sym_size" not in str(node.target) and _after_fused(node) is node
+
+
+def _reads_int8(node: fx.Node) -> bool:
+    return computes(node) or (node.op == "call_function" and moves(node))
+
+
+def _after_fused(node: fx.Node) -> fx.Node:
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in _FUSED and computes(node):
+        return users[0]
+    return node
+
+
+def calibrate(model: Model, batches: Iterable[tuple[Tensor, ...]], steps: int = 100) -> dict[str, Range]:
+    """Ranges of all quantization points.
+
+    Args:
+        model: batch norm folded.
+        batches: inputs of the network, samples first.
+        steps: clipping ratios tried on each side.
+
+    Returns:
+        name of a node -> its range.
+    """
+    points = quantization_points(model)
+    histograms = {name: Histogram() for name in points.values()}
+
+    def note(node: fx.Node, value: Any) -> None:
+        if node.name in histograms:
+            histograms[node.name].update(value.detach().float().numpy())
+
+    inputs = {spec.name: i for i, spec in enumerate(model.inputs)}
+    for batch in batches:
+        for name, i in inputs.items():
+            if name in histograms:
+                histograms[name].update(batch[i].numpy())
+        model.run(*batch, observe=note)
+    nodes = model.nodes()
+    chosen = {name: choose_range(h, _slope(nodes[name]), steps) for name, h in histograms.items()}
+    return {name: chosen[source] for name, source in points.items()}
+
+
+def _slope(node: fx.Node) -> float:
+    """Slope below zero of the leaky ReLU that alone reads the node, 1 elsewhere."""
+    if node.users and all(user.target in _SLOPED for user in node.users):
+        return max(abs(float(argument(user, "negative_slope", 1, 0.01))) for user in node.users)
+    return 1.0
+
+
+def choose_range(histogram: Histogram, slope: float = 1.0, steps: int = 100) -> Range:
+    """The int8 range of least expected squared error.
+
+    Args:
+        histogram: of the values.
+        slope: what a negative value is multiplied by afterwards; its error counts with the square.
+        steps: clipping ratios tried on each side.
+    """
+    low, high = min(histogram.lowest, 0.0), max(histogram.highest, 0.0)
+    if not np.isfinite(low) or not np.isfinite(high) or high == low:
+        return Range(1.0, 0)
+    centres, counts = histogram.centres, histogram.counts
+    used = counts > 0
+    centres = np.clip(centres[used], low, high)
+    weights = counts[used] * np.where(centres < 0, slope * slope, 1.0)
+    best, lo, hi = np.inf, low, high
+    # Coordinate descent: the error is nearly separable in the two ends, which only share the step.
+    for _ in range(2):
+        for end in ("low", "high"):
+            if (end == "low" and low == 0) or (end == "high" and high == 0):
+                continue
+            for ratio in np.linspace(1.0, 0.02, steps):
+                a, b = (low * ratio, hi) if end == "low" else (lo, high * ratio)
+                found = _to_range(a, b)
+                error = _error(centres, weights, found)
+                if error < best:
+                    best, lo, hi = error, a, b
+    return _to_range(lo, hi)
+
+
+def _to_range(low: float, high: float) -> Range:
+    scale = float(np.float32((high - low) / (HIGH - LOW)))
+    return Range(scale, int(np.clip(round(LOW - low / scale), LOW, HIGH)))
+
+
+def _error(values: Any, weights: Any, found: Range) -> float:
+    codes = np.clip(np.round(values / found.scale) + found.zero_point, LOW, HIGH)
+    return float(weights @ np.square((codes - found.zero_point) * found.scale - values))
+
+
+def rewrite(model: Model, ranges: Mapping[str, Range]) -> Model:
+    """Inserts a quantize/dequantize pair after each node that has a range."""
+    result = model.copy()
+    ops = torch.ops.quantized_decomposed
+    for node in list(result.graph.nodes):
+        found = ranges.get(node.name)
+        if found is None:
+            continue
+        rest = (found.scale, found.zero_point, LOW, HIGH, torch.int8)
+        readers = [user for user in node.users if "sym_size" not in str(user.target)]
+        with result.graph.inserting_after(node):
+            code = result.graph.call_function(ops.quantize_per_tensor.default, (node, *rest))
+        with result.graph.inserting_after(code):
+            back = result.graph.call_function(ops.dequantize_per_tensor.default, (code, *rest))
+        for user in readers:
+            user.replace_input_with(node, back)
+    return result
+
+
+def integer_layers(model: Model) -> dict[str, list[tuple[fx.Node, Range]]]:
+    """Weights whose operations all run in integers, with each operation and its input's range."""
+    found: dict[str, list[tuple[fx.Node, Range]]] = {}
+    floats: set[str] = set()
+    for node in model.graph.nodes:
+        kind = KINDS.get(node.target) if node.op == "call_function" else None
+        if kind is None:
+            continue
+        weight = node.args[kind.weight]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            continue
+        source = node.args[0]
+        name = str(weight.target)
+        if kind.bias is not None and isinstance(source, fx.Node) and "dequantize_per_tensor" in str(source.target):
+            found.setdefault(name, []).append((node, Range(float(source.args[1]), int(source.args[2]))))  # type: ignore[arg-type]
+        else:
+            floats.add(name)
+    return {name: uses for name, uses in found.items() if name not in floats}
+
+
+def separate_biases(model: Model) -> Model:
+    """Gives every operation a bias of its own, because an integer bias depends on its operation's input scale."""
+    result = model.copy()
+    tensors = dict(result.tensors)
+    seen: set[str] = set()
+    for node in result.graph.nodes:
+        if node.op != "call_function" or node.target not in KINDS:
+            continue
+        bias = bias_of(node)
+        if bias is None:
+            continue
+        name = str(bias.target)
+        if name in seen:
+            copy = fresh_name(name, tensors)
+            tensors[copy] = tensors[name].clone()
+            with result.graph.inserting_before(node):
+                set_bias(node, result.graph.get_attr(copy))
+        seen.add(name)
+    return replace(result, tensors=tensors)
+
+
+def encode_bias(bias: np.ndarray[Any, Any], weight: Affine, axis: int, input_scale: float) -> Affine:
+    """A bias as 32-bit integers on the grid of the accumulator.
+
+    Args:
+        bias: float32 [out].
+        weight: the layer's weight, one scale a tensor or a channel.
+        axis: its output-channel axis.
+        input_scale: of the layer's int8 input.
+
+    Returns:
+        codes int32 [out], scale float32 [out] = input_scale * weight scale.
+    """
+    scales = (
+        np.broadcast_to(weight.scale.reshape(-1), bias.shape) if weight.scale.size == 1 else weight.scale.reshape(-1)
+    )
+    scale = (np.float32(input_scale) * scales.astype(np.float32)).astype(np.float32)
+    limit = 2**31 - 1
+    codes = np.clip(np.round(bias.astype(np.float64) / scale.astype(np.float64)), -limit, limit)
+    return Affine(codes.astype(np.int32), scale, None, 32, True)
