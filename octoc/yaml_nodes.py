@@ -77,11 +77,8 @@ def fields(
 
 def value(node: yaml.Node, what: str, *types: type) -> Any:
     """A scalar of one of the types; numbers are finite and not negative, texts not empty."""
-    try:
-        found = yaml.constructor.SafeConstructor().construct_object(node) if _is_scalar(node) else node
-    except (yaml.YAMLError, ValueError, OverflowError):
-        found = node
-    if type(found) not in types:
+    found: Any = None if not isinstance(node, yaml.ScalarNode) else _construct(node)
+    if type(found) not in types or not isinstance(node, yaml.ScalarNode):
         fail(node, f"{what} must be {' or '.join(_type_name(kind) for kind in types)}")
     if type(found) in (int, float) and not (math.isfinite(found) and found >= 0):
         fail(node, f"{what} must be finite and not negative")
@@ -123,8 +120,12 @@ def texts(node: yaml.Node, what: str, allowed: Collection[str] | None = None) ->
     return tuple(found)
 
 
-def _is_scalar(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode)
+def _construct(node: yaml.ScalarNode) -> Any:
+    """The Python value, or the node itself where the text is not of its tag (`!!int x`, `!!python/object`)."""
+    try:
+        return yaml.constructor.SafeConstructor().construct_object(node)
+    except (yaml.YAMLError, ValueError, OverflowError):
+        return node
 
 
 def _nearest(text: str, allowed: Collection[str]) -> str:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import numpy as np
+from typing import Any, cast
 
 from octoc.errors import ArtifactError
 from octoc.runtime import TensorSpec
@@ -21,8 +19,6 @@ from octoc.runtime.mil.storage import DATA_TYPES, WeightFile, immediate_array
 
 # FeatureTypes.proto, ArrayFeatureType.ArrayDataType
 _FEATURE_DTYPES = {65552: "float16", 65568: "float32", 65600: "float64", 131104: "int32", 131080: "int8"}
-
-Constant = np.ndarray | str | list["Constant"]  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Operation:
 
     name: str
     kind: str
-    inputs: dict[str, list[str | np.ndarray | Any]]  # a value's name is a `Name`; anything else is a constant
+    inputs: dict[str, list[Any]]  # a value's name is a `Name`; an array, string or list is a constant
     outputs: dict[str, TensorType]
     blocks: tuple[Block, ...] = ()
 
@@ -95,9 +91,9 @@ def read_program(path: Path) -> Program:
 
 
 def _decode_error() -> type[Exception]:
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    return DecodeError
+    return cast(type[Exception], DecodeError)
 
 
 def _model_file(path: Path) -> Path:
@@ -216,6 +212,14 @@ class _Reader:
                 raise ArtifactError(f"weight file {name!r} is not inside the package")
             self.weight_files[name] = WeightFile(_inside(self.folder, name.removeprefix(prefix)))
         return self.weight_files[name]
+
+
+def constant_value(op: Operation) -> Any:
+    """The value of a `const` operation: an array, a string, or a list of these."""
+    value = op.inputs.get("val", [])
+    if len(value) != 1 or len(op.outputs) != 1:
+        raise ArtifactError(f"const {op.name!r} does not define one value")
+    return value[0]
 
 
 def _defined(defined: dict[str, TensorType], name: str) -> TensorType:
