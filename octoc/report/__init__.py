@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -24,11 +25,13 @@ class Check:
         name: "codes", "outputs", "integer operations", "size", "drop" ...
         held: the outcome.
         detail: one line with the numbers.
+        limit: for the pictures: bytes that the goal "size" allows, quality that the goal "drop" asks for; else None.
     """
 
     name: str
     held: bool
     detail: str
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,18 @@ class ArtifactReport:
     @property
     def held(self) -> bool:
         """Every goal and every check."""
-        return all(check.held for check in (*self.goals, *self.checks))
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """Goals missed, then checks failed."""
+        return tuple(check for check in (*self.goals, *self.checks) if not check.held)
+
+    @property
+    def bits(self) -> float:
+        """Per weight on average, everything counted; NaN without weights."""
+        count = sum(math.prod(layer.shape) for layer in self.layers)
+        return 8 * sum(layer.nbytes for layer in self.layers) / count if count else math.nan
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,7 @@ def read_report(path: Path) -> Report:
     """The inverse of `Report.to_json`. Raises ArtifactError where the file is no report."""
     try:
         report = _build(Report, json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a report of octoc: {error}") from error
     assert isinstance(report, Report)
     return report
@@ -205,6 +219,7 @@ def _finite(value: Any) -> Any:
 def _build(kind: Any, value: Any) -> Any:
     """Plain JSON data -> the dataclass `kind`, recursively; unknown or missing keys are errors."""
     if is_dataclass(kind):
+        _require(value, dict)
         hints = typing.get_type_hints(kind)
         names = {entry.name for entry in fields(kind)}
         if set(value) != names:
@@ -212,14 +227,22 @@ def _build(kind: Any, value: Any) -> Any:
         return kind(**{name: _build(hints[name], value[name]) for name in names})  # type: ignore[operator]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
+        _require(value, list)
         inner = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
         return tuple(_build(k, v) for k, v in zip(inner, value, strict=True))
     if origin is dict:
+        _require(value, dict)
         return {key: _build(arguments[1], entry) for key, entry in value.items()}
     if origin is types.UnionType:
         return None if value is None else _build(arguments[0], value)
     if kind is float and value is None:
         return float("nan")
-    if not isinstance(value, int if kind is float else kind) and not (kind is float and isinstance(value, float)):
-        raise TypeError(f"{value!r:.40} is not {kind.__name__}")
+    _require(value, int | float if kind is float else kind)
+    if isinstance(value, bool) and kind is not bool:
+        raise TypeError(f"{value} is not {kind.__name__}")
     return float(value) if kind is float else value
+
+
+def _require(value: Any, kind: Any) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.40} is not {getattr(kind, '__name__', kind)}")
