@@ -206,6 +206,22 @@ def groups(node: fx.Node) -> int:
     return int(argument(node, "groups", 6, 1))
 
 
+def operation(node: fx.Node, tensors: Mapping[str, Tensor]) -> str:
+    """ATen name of a call without namespace and overload, `depthwise_conv2d` for a depthwise convolution.
+
+    Args:
+        node: the call.
+        tensors: of the model.
+    """
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    kind = KINDS.get(node.target)
+    if kind is not None and kind.name == "conv" and groups(node) > 1:
+        weight = node.args[kind.weight]
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and tensors[str(weight.target)].shape[1] == 1:
+            return f"depthwise_{name}"
+    return name
+
+
 def argument(node: fx.Node, name: str, position: int, default: Any) -> Any:
     """An argument of an ATen call, given by position, by name or not at all."""
     if len(node.args) > position:

@@ -1,0 +1,296 @@
+"""The straight line: load, measure, plan, apply, export, verify, report."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from octoc import __version__
+from octoc.apply import fingerprint, restructure
+from octoc.artifact import Job, Shared, build, plan_only
+from octoc.data import Dataset, load_data, split_calibration
+from octoc.device import Device, find_device, load_devices
+from octoc.errors import HostError, UsageError
+from octoc.evaluate import predict_model
+from octoc.export import formats as known_formats
+from octoc.load import load_model
+from octoc.metrics import Drop, default_metric, get_metric, parse_drop
+from octoc.model import Model
+from octoc.profile import Profile, measure
+from octoc.progress import Clock, Progress, Silent
+from octoc.qtensor import Scheme
+from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune, Recipe, read_recipe
+from octoc.report import Report
+from octoc.units import parse_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROFILE_SAMPLES = 64
+ALL = "all"  # the format that stands for every format of a device
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; see `compress_model`."""
+
+    formats: tuple[str, ...] = ()
+    max_size: int | None = None
+    max_drop: Drop | None = None
+    weights: str | None = None
+    activations: str = "float"
+    sparsity: float | None = None
+    rank: float | None = None
+    seed: int = 0
+    recipe: Recipe | None = None
+    dry_run: bool = False
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+def compress_model(
+    model: nn.Module | Model | str | Path,
+    *,
+    devices: Sequence[str],
+    data: Any,
+    out: str | Path,
+    calibration: Any = None,
+    weights_file: str | Path | None = None,
+    formats: Sequence[str] = (),
+    max_size: str | int | None = None,
+    max_drop: str | float | None = None,
+    weights: str | None = None,
+    activations: str = "float",
+    sparsity: float | None = None,
+    rank: float | None = None,
+    metric: str | None = None,
+    seed: int = 0,
+    recipe: str | Path | None = None,
+    devices_file: str | Path | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compresses a network for devices, writes the artefacts, verifies them and reports.
+
+    Args:
+        model: a module, a `.pt2` file, or `package.module:function`.
+        devices: profile ids.
+        data: what quality is counted on: a file, a folder, `module:function`, or a `Dataset`.
+        out: folder for `DEVICE/FORMAT/` and the report.
+        calibration: samples for calibration, in the same forms; split from `data` where None.
+        weights_file: weights for a factory.
+        formats: formats to write, "all" for every one that the device runs; each device's first where empty.
+        max_size: budget of each artefact, bytes or text such as "150kB".
+        max_drop: allowed loss of quality, points or text such as "1%".
+        weights: encoding of every weight, such as "int8" or "int4-group32"; None lets the planner choose where there
+            is a goal, and means "int8" where there is none.
+        activations: "float" or "int8".
+        sparsity: fraction of weights that magnitude pruning sets to zero.
+        rank: share of the full rank that truncated SVD keeps, where that saves.
+        metric: name of a metric or `module:function`; top-1 with integer labels, else cosine.
+        seed: of everything random.
+        recipe: a recipe to replay instead of planning.
+        devices_file: further device profiles.
+        dry_run: plan, and say what is reachable, without writing anything.
+        progress: who watches.
+
+    Returns:
+        The report; `report.held` tells whether every goal and check held.
+
+    Raises:
+        OctocError: one of its classes; see `octoc.errors`.
+    """
+    start = time.perf_counter()
+    clock = Clock(progress or Silent())
+    options = Options(
+        formats=tuple(formats),
+        max_size=parse_size(max_size) if isinstance(max_size, str) else max_size,
+        max_drop=parse_drop(str(max_drop)) if max_drop is not None else None,
+        weights=_encoding(weights),
+        activations=activations,
+        sparsity=_fraction("sparsity", sparsity),
+        rank=_fraction("rank", rank),
+        seed=seed,
+        recipe=read_recipe(Path(recipe)) if recipe is not None else None,
+        dry_run=dry_run,
+    )
+    if activations not in ("float", "int8"):
+        raise UsageError(f"activations {activations!r}: choose float or int8")
+    if options.max_size is not None and options.max_size <= 0:
+        raise UsageError(f"a budget of {options.max_size} bytes holds nothing; give a size such as 150kB")
+    jobs = _jobs(devices, Path(devices_file) if devices_file else None, options)
+    with _workspace(Path(out), dry_run) as work:
+        with clock.stage("load", "Loading the network and the data"):
+            counted, calibrated, network = _load(model, weights_file, data, calibration, seed)
+        chosen = get_metric(metric) if metric else default_metric(counted.labels)
+        with clock.stage("original", "Counting the original", len(counted)):
+            outputs = predict_model(network, counted.inputs, clock.progress.advance)
+            target = counted.labels if chosen.needs_labels else outputs[0]
+            quality = chosen(outputs[0], target)
+        steps = options.recipe.steps if options.recipe else _structure(network, options)
+        shaped = restructure(network, [s for s in steps if isinstance(s, Prune | Factorize | FoldBatchNorm)])
+        classes = chosen.name in ("top1", "top5", "loss")
+        profile = None if options.recipe else _measure(shaped, calibrated, classes, seed, clock)
+        shared = Shared(
+            original=network,
+            fingerprint=fingerprint(network),
+            shaped=shaped,
+            structure=tuple(s for s in steps if isinstance(s, Prune | Factorize | FoldBatchNorm)),
+            profile=profile,
+            data=counted,
+            calibration=calibrated,
+            metric=chosen,
+            target=target,
+            quality=quality,
+            outputs=outputs,
+            options=options,
+            clock=clock,
+        )
+        make = plan_only if dry_run else build
+        artifacts = tuple(make(job, shared, work, Path(out)) for job in jobs)
+        layers = network.layers()
+        clock.seconds["total"] = time.perf_counter() - start
+        report = Report(
+            version=__version__,
+            model=model if isinstance(model, str) else str(model) if isinstance(model, Path) else type(model).__name__,
+            parameters=sum(t.numel() for t in network.tensors.values() if t.is_floating_point()),
+            macs=sum(layer.macs for layer in layers),
+            nbytes=sum(t.numel() * t.element_size() for t in network.tensors.values()),
+            quality=quality,
+            metric=chosen.name,
+            unit=chosen.unit,
+            higher_is_better=chosen.higher_is_better,
+            calibration=len(calibrated),
+            evaluation=len(counted),
+            seed=seed,
+            artifacts=artifacts,
+            seconds={key: round(value, 3) for key, value in clock.seconds.items()},
+        )
+        if not dry_run:
+            _write_report(report, work, Path(out))
+    return report
+
+
+def _fraction(name: str, value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1:
+        raise UsageError(f"{name} {value} is not between 0 and 1")
+    return value
+
+
+def _encoding(text: str | None) -> str | None:
+    """Checks what was asked for: "auto", a whole scheme, or the beginning of schemes such as "int4"."""
+    if text not in (None, "auto") and not re.fullmatch(r"(int|palette)\d+(-tensor|-channel)?", text):
+        return str(Scheme.parse(text))
+    if text not in (None, "auto"):
+        Scheme.parse(text if "-" in text else f"{text}-tensor")
+    return text
+
+
+def _jobs(names: Sequence[str], extra: Path | None, options: Options) -> list[Job]:
+    """(device, format) pairs, in the order in which they were asked for."""
+    if not names:
+        raise UsageError("no device given; `octoc devices` lists them")
+    devices = load_devices(extra)
+    for fmt in options.formats:
+        if fmt not in (*known_formats(), ALL):
+            raise UsageError(f"no format {fmt!r}; there are {', '.join(known_formats())} and {ALL}")
+    jobs: list[Job] = []
+    for name in dict.fromkeys(names):
+        device = find_device(name, devices)
+        jobs += [Job(device, fmt) for fmt in _formats(device, options)]
+    return jobs
+
+
+def _formats(device: Device, options: Options) -> tuple[str, ...]:
+    if options.recipe is not None and not options.formats:
+        return (options.recipe.format,)
+    if ALL in options.formats:
+        return device.formats
+    for fmt in options.formats:
+        if fmt not in device.formats:
+            raise UsageError(f"{device.id} does not run {fmt}; it runs {', '.join(device.formats)}")
+    return tuple(dict.fromkeys(options.formats)) or device.formats[:1]
+
+
+def _load(
+    model: Any, weights_file: str | Path | None, data: Any, calibration: Any, seed: int
+) -> tuple[Dataset, Dataset, Model]:
+    """Evaluation data, calibration data and the network, checked against one another."""
+    counted = data if isinstance(data, Dataset) else load_data(data, None)
+    if isinstance(model, Model):
+        network = model
+    else:
+        import torch
+
+        examples = [torch.from_numpy(np.array(array[:2])) for array in counted.inputs]
+        network = load_model(model, weights=weights_file, examples=examples)
+    counted = counted.check(network.inputs)
+    given = None
+    if calibration is not None:
+        given = calibration if isinstance(calibration, Dataset) else load_data(calibration, network.inputs)
+        given = given.check(network.inputs)
+    calibrated, counted = split_calibration(counted, given, seed)
+    return counted, calibrated, network
+
+
+def _structure(network: Model, options: Options) -> tuple[Decision, ...]:
+    """What is asked for of pruning and factorization, then batch-norm folding."""
+    steps: list[Decision] = []
+    if options.sparsity is not None:
+        from octoc.prune.magnitude import global_threshold
+
+        weights = {layer.name: network.tensors[layer.name].numpy() for layer in network.layers()}
+        shares = global_threshold(weights, options.sparsity)
+        steps += [Prune(name, share) for name, share in shares.items() if share > 0]
+    if options.rank is not None:
+        from octoc.lowrank.svd import planned_ranks
+
+        steps += [Factorize(name, rank) for name, rank in planned_ranks(network, options.rank).items()]
+    return (*steps, FoldBatchNorm())
+
+
+def _measure(shaped: Model, calibrated: Dataset, classes: bool, seed: int, clock: Clock) -> Profile:
+    import torch
+
+    count = PROFILE_SAMPLES if shaped.dynamic_batch else shaped.inputs[0].shape[0]
+    samples = [torch.from_numpy(np.array(array[:count])) for array in calibrated.inputs]
+    with clock.stage("profile", "Measuring every layer's sensitivity", len(shaped.layers())):
+        return measure(shaped, samples, classes, seed, clock.progress.advance)
+
+
+@contextmanager
+def _workspace(out: Path, dry_run: bool) -> Iterator[Path]:
+    """A folder beside the results, gone afterwards whatever happens; what is finished is renamed out of it."""
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="octoc-") as folder:
+            yield Path(folder)
+        return
+    existed = out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".octoc-", dir=out))
+    except OSError as error:
+        raise HostError(f"cannot write to {out}: {error.strerror or error}; give another folder with --out") from error
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if not existed and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _write_report(report: Report, work: Path, out: Path) -> None:
+    from octoc.report.html import write_html
+
+    (work / "report.json").write_text(report.to_json())
+    write_html(report, work / "report.html")
+    for name in ("report.json", "report.html"):
+        (work / name).replace(out / name)

@@ -1,0 +1,218 @@
+"""Finds the plan of one artefact: predict, write, count on real data, correct, repeat. Keeps the best so far.
+
+The linear model of `profile.py` prices every choice; `plan.py` solves for a budget exactly. Two things it cannot know
+are measured: the bytes of a file around its weights (from the file that was just written), and the quality (by running
+the compressed network, and in the end the artefact itself).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from octoc import plan
+from octoc.compressed import Compressed
+from octoc.model import Layer
+from octoc.plan import Choice
+from octoc.qtensor import QTensor, Scheme
+from octoc.report import Point
+
+Plan = list[Choice]
+Key = tuple[str, Scheme]  # name of the weight, its encoding
+
+_CORRECTIONS = 8  # rewrites of a file that came out over its budget; the second already fits in practice
+_PROBES = 7  # evaluations while looking for the smallest plan within an allowed drop: 1 % of the range of sizes
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the search needs done, so that it knows neither formats nor networks.
+
+    Args:
+        encode: weight and scheme -> compressed tensor.
+        assemble: compressed tensors by name -> compressed network.
+        write: compressed network -> file and its bytes.
+        quality: of a compressed network on the evaluation data, in torch.
+        count: quality of a written file.
+        worse: (quality, allowed drop applied) -> whether the quality misses the goal; None where there is no goal.
+    """
+
+    encode: Callable[[Layer, Scheme], QTensor]
+    assemble: Callable[[Plan], Compressed]
+    write: Callable[[Compressed], tuple[Path, int]]
+    quality: Callable[[Compressed], float]
+    count: Callable[[Path], float]
+    worse: Callable[[float], bool] | None
+
+
+@dataclass
+class Outcome:
+    """What the search ended with.
+
+    Args:
+        plan: one choice a layer.
+        small: the compressed network.
+        path: of the file.
+        nbytes: of the file.
+        quality: counted on the file.
+        points: everything it saw.
+        reachable: bytes of the smallest and the largest file.
+    """
+
+    plan: Plan
+    small: Compressed
+    path: Path
+    nbytes: int
+    quality: float
+    points: list[Point]
+    reachable: tuple[int, int]
+
+
+@dataclass
+class Search:
+    """One artefact's search.
+
+    Args:
+        layers: weights with a choice.
+        schemes: by layer name, what may be chosen; never empty.
+        sensitivity: by layer name; what is not named counts as 1.
+        tools: see `Tools`.
+    """
+
+    layers: Sequence[Layer]
+    schemes: Mapping[str, Sequence[Scheme]]
+    sensitivity: Mapping[str, float]
+    weights: Mapping[str, np.ndarray]
+    tools: Tools
+    overhead: int = 0
+    points: list[Point] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.choices = [self._price(layer) for layer in self.layers]
+
+    def _price(self, layer: Layer) -> list[Choice]:
+        weight = self.weights[layer.name].astype(np.float64)
+        power = max(float(np.square(weight).sum()), 1e-30)
+        priced = []
+        for scheme in self.schemes[layer.name]:
+            tensor = self.tools.encode(layer, scheme)
+            error = float(np.square(weight - tensor.dequantize()).sum()) / power
+            priced.append(Choice((layer.name, scheme), tensor.nbytes, self.sensitivity.get(layer.name, 1.0) * error))
+        return priced
+
+    def reachable(self) -> tuple[int, int]:
+        """Bytes of the smallest and of the largest file."""
+        return plan.smallest(self.choices) + self.overhead, plan.largest(self.choices) + self.overhead
+
+    def measure_overhead(self) -> None:
+        """Writes the smallest plan to learn what the file takes beside its weights."""
+        smallest = self.smallest()
+        _, nbytes = self.tools.write(self.tools.assemble(smallest))
+        self.overhead = nbytes - payload(smallest)
+
+    def smallest(self) -> Plan:
+        return [min(layer, key=lambda c: (c.nbytes, c.loss)) for layer in self.choices]
+
+    def best(self) -> Plan:
+        return [min(layer, key=lambda c: (c.loss, c.nbytes)) for layer in self.choices]
+
+    def within(self, budget: float) -> Plan | None:
+        """The best plan whose file is predicted to take at most `budget` bytes."""
+        return plan.solve(self.choices, budget - self.overhead)
+
+    def run(self, max_size: int | None) -> Outcome:
+        """Searches within the size budget and the quality goal of the tools.
+
+        Where the budget is impossible the smallest file is the outcome, and where the goal is, the best file within
+        the budget; the caller sees in `nbytes` and `quality` what was missed.
+        """
+        if self.tools.worse is None:
+            return self._fit(max_size)
+        return self._smallest_good(max_size)
+
+    def _fit(self, max_size: int | None, small: Plan | None = None) -> Outcome:
+        """The best file within the budget; a wrong prediction of the overhead is corrected from the file itself."""
+        if max_size is None:
+            return self._finish(small or self.best())
+        for _ in range(_CORRECTIONS):
+            found = self.within(max_size)
+            if found is None:
+                break
+            compressed = self.tools.assemble(found)
+            path, nbytes = self.tools.write(compressed)
+            if nbytes <= max_size:
+                return self._counted(found, compressed, path, nbytes)
+            self.overhead += nbytes - max_size
+        return self._finish(self.smallest())
+
+    def _smallest_good(self, max_size: int | None) -> Outcome:
+        """Bisects the budget for the smallest plan within the allowed drop, then confirms it on the file."""
+        assert self.tools.worse is not None
+        low, high = self.reachable()
+        if max_size is not None:
+            high = min(high, max_size)
+        if high < low:
+            return self._fit(max_size)
+        top = self._fit(high) if max_size is not None else self._finish(self.best())
+        if self.tools.worse(top.quality):
+            return top
+        good = float(high)
+        for _ in range(_PROBES):
+            middle = (low + good) / 2
+            found = self.within(middle)
+            if found is None or good - low < 0.005 * good:
+                break
+            if self._is_good(found):
+                good = min(middle, payload(found) + self.overhead)
+            else:
+                low = int(middle)
+        return self._confirm(good, float(high), top)
+
+    def _is_good(self, found: Plan) -> bool:
+        assert self.tools.worse is not None
+        quality = self.tools.quality(self.tools.assemble(found))
+        missed = self.tools.worse(quality)
+        kind = "rejected" if missed else "tried"
+        self.points.append(Point(payload(found) + self.overhead, loss(found), quality, kind))
+        return not missed
+
+    def _confirm(self, budget: float, high: float, top: Outcome) -> Outcome:
+        """Counts on the file; steps up a twelfth of the way at a time while the file misses what its network held."""
+        assert self.tools.worse is not None
+        step = max((high - budget) / 12, 1.0)
+        while budget < high:
+            found = self.within(budget)
+            if found is not None:
+                outcome = self._finish(found)
+                if not self.tools.worse(outcome.quality):
+                    return outcome
+                self.points[-1] = Point(outcome.nbytes, loss(found), outcome.quality, "rejected")
+            budget += step
+        # The file of `top` may have been overwritten by those that were tried since.
+        return self._finish(top.plan)
+
+    def _finish(self, found: Plan) -> Outcome:
+        compressed = self.tools.assemble(found)
+        path, nbytes = self.tools.write(compressed)
+        return self._counted(found, compressed, path, nbytes)
+
+    def _counted(self, found: Plan, compressed: Compressed, path: Path, nbytes: int) -> Outcome:
+        quality = self.tools.count(path)
+        self.points = [
+            p if p.kind != "chosen" else Point(p.nbytes, p.predicted, p.quality, "tried") for p in self.points
+        ]
+        self.points.append(Point(nbytes, loss(found), quality, "chosen"))
+        return Outcome(found, compressed, path, nbytes, quality, self.points, self.reachable())
+
+
+def payload(found: Plan) -> int:
+    """Bytes of the weights of a plan."""
+    return sum(choice.nbytes for choice in found)
+
+
+def loss(found: Plan) -> float:
+    """Predicted loss of a plan."""
+    return sum(choice.loss for choice in found)
