@@ -1,0 +1,410 @@
+"""Samples and labels: what a network is calibrated and judged on.
+
+| source | what it holds |
+|---|---|
+| `.npz` | `x`, or `x0`, `x1` ... for several inputs, samples first, as the network takes them; labels `y` or none |
+| `.npy` | one input, read lazily; no labels |
+| a folder of images | `images.py` |
+| `package.module:function` | batches: x, (x, y) or ((x0, x1), y); arrays or tensors |
+
+Nothing is unpickled and nothing is scaled in silence: float64 and float16 become float32, integers become the network's
+integers where they fit, and every other difference is an error.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octoc.errors import DataError
+from octoc.reference import call, is_reference, reason
+
+if TYPE_CHECKING:
+    from octoc.model import InputSpec
+
+Array = NDArray[Any]
+
+ACCEPTED = "a .npz with x and y, a .npy, a folder of images, or package.module:function"
+_CALIBRATION_SHARE = 0.2
+_CALIBRATION_MOST = 512
+_ROWS = 1024  # samples looked at together
+
+
+class Samples(Protocol):
+    """One input's samples: an array, or something that makes rows when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of samples, made when they are asked for.
+
+    Args:
+        base: where the rows are.
+        indices: which, in order.
+        dtype: what they become.
+    """
+
+    base: Samples
+    indices: Array
+    dtype: np.dtype[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.indices), *self.base.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, rows: Any, /) -> Array:
+        return np.asarray(self.base[self.indices[rows]]).astype(self.dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples and labels.
+
+    Args:
+        inputs: one for each input of the network, samples first.
+        labels: [n, ...], or None.
+        source: as the user typed it.
+    """
+
+    inputs: tuple[Samples, ...]
+    labels: Array | None
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+    def batches(self, size: int) -> Iterator[tuple[tuple[Array, ...], Array | None]]:
+        """Inputs and labels of up to `size` samples at a time, in order."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            yield tuple(np.asarray(x[rows]) for x in self.inputs), None if self.labels is None else self.labels[rows]
+
+    def take(self, indices: Sequence[int] | Array) -> Dataset:
+        """The samples of some indices, in their order; arrays are copied, lazy samples stay lazy."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, inputs=tuple(_taken(x, chosen) for x in self.inputs), labels=labels)
+
+    def split(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+        """Two disjoint parts that make up the whole, each in the original order.
+
+        Args:
+            fraction: share of the first part; each part gets at least one sample.
+            seed: the same seed gives the same parts. Each class of integer labels is cut in the same proportion.
+
+        Raises:
+            DataError: fewer than two samples.
+        """
+        count = len(self)
+        if count < 2:
+            raise DataError(f"{self.source} has {count} sample(s); two disjoint parts need at least 2")
+        first = min(max(round(fraction * count), 1), count - 1)
+        generator = np.random.default_rng(seed)
+        order = generator.permutation(count)
+        place = np.empty(count)  # where a sample stands within its class, from 0 to 1
+        for members in _classes(self.labels, order):
+            place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        ranked = order[np.argsort(place[order], kind="stable")]
+        return self.take(np.sort(ranked[:first])), self.take(np.sort(ranked[first:]))
+
+    def check(self, inputs: Sequence[InputSpec], classes: int | None = None) -> Dataset:
+        """The same samples in the network's dtypes.
+
+        Args:
+            inputs: what the network takes.
+            classes: its number of classes, where labels are class numbers.
+
+        Raises:
+            DataError: number, shape, dtype or values do not fit; the message has the numbers and the way out.
+        """
+        if len(self.inputs) != len(inputs):
+            wanted = ", ".join(spec.name for spec in inputs)
+            raise DataError(
+                f"{self.source} has {len(self.inputs)} input(s); the network takes {len(inputs)} ({wanted}); "
+                "give x, or x0, x1 ... in that order"
+            )
+        names = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
+        cast = tuple(
+            _fitted(x, spec, f"{self.source}: {name}") for x, spec, name in zip(self.inputs, inputs, names, strict=True)
+        )
+        if self.labels is not None and classes is not None:
+            _check_classes(self.labels, classes, self.source)
+        return replace(self, inputs=cast)
+
+
+def load_data(source: str | Path, inputs: Sequence[InputSpec] | None = None) -> Dataset:
+    """Reads samples, and labels where there are any.
+
+    Args:
+        source: one of the table above.
+        inputs: what the network takes; checked where given.
+
+    Raises:
+        UsageError: no such module or function.
+        DataError: the source cannot be read, is empty, or does not fit the network.
+    """
+    path, text = Path(source), str(source)
+    if path.is_dir():
+        from octoc.images import load_folder
+
+        data = load_folder(path)
+    elif path.suffix.lower() in _FILES:
+        data = _read_file(path)
+    elif is_reference(text):
+        data = _from_function(text)
+    elif path.exists():
+        raise DataError(f"{text} is not a kind of data that octoc reads; give {ACCEPTED}")
+    else:
+        raise DataError(f"{text}: no such file or folder; data is {ACCEPTED}")
+    data = _checked(data)
+    return data if inputs is None else data.check(inputs)
+
+
+def split_calibration(data: Dataset, calibration: Dataset | None, seed: int) -> tuple[Dataset, Dataset]:
+    """What to calibrate on and what to count quality on, never a sample in both.
+
+    Args:
+        data: what quality is counted on. Without another source, a fifth of it and at most 512 samples go to
+            calibration: ranges and Hessians of vision networks settle within some hundred samples.
+        calibration: another source, which is then used whole; the same source counts as none.
+        seed: of the split.
+
+    Raises:
+        DataError: fewer than two samples to split.
+    """
+    if calibration is not None and not _same_source(calibration.source, data.source):
+        return calibration, data
+    return data.split(min(_CALIBRATION_SHARE, _CALIBRATION_MOST / max(len(data), 1)), seed)
+
+
+def _same_source(a: str, b: str) -> bool:
+    return a == b or (Path(a).exists() and Path(b).exists() and Path(a).samefile(b))
+
+
+def _read_file(path: Path) -> Dataset:
+    if not path.is_file():
+        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{path}: the file is empty")
+    try:
+        return _FILES[path.suffix.lower()](path)
+    except (OSError, ValueError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, NotImplementedError) as error:
+        if any(words in str(error) for words in ("allow_pickle", "pickled", "Python objects")):
+            raise DataError(
+                f"{path} holds Python objects, and reading them would run code; save arrays of numbers with np.savez"
+            ) from error
+        raise DataError(f"{path} ({size} bytes) is damaged or no {path.suffix} file: {reason(error)}") from error
+
+
+def _read_npz(path: Path) -> Dataset:
+    # checked first: given another kind of file, np.load would return something that is no archive
+    if not zipfile.is_zipfile(path):
+        _read_array(path)  # raises for a pickle
+        raise ValueError("not a zip archive")
+    with np.load(path, allow_pickle=False) as archive:
+        names = sorted(archive.files)
+        several = [f"x{i}" for i in range(len(names))]
+        wanted = ["x"] if "x" in names else [name for name in several if name in names]
+        if not wanted or set(names) - {*wanted, "y"} or (wanted != ["x"] and wanted != several[: len(wanted)]):
+            raise DataError(
+                f"{path} has {', '.join(names) or 'no array'}; octoc reads x (or x0, x1 ... for several inputs) and y"
+            )
+        inputs = tuple(np.asarray(archive[name]) for name in wanted)
+        return Dataset(inputs, np.asarray(archive["y"]) if "y" in names else None, str(path))
+
+
+def _read_npy(path: Path) -> Dataset:
+    return Dataset((_read_array(path),), None, str(path))
+
+
+def _read_array(path: Path) -> Array:
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            pickled = path.read_bytes()[:1] == b"\x80"
+            raise ValueError("a pickled object" if pickled else "no NumPy header")
+    found: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return found
+
+
+_FILES = {".npz": _read_npz, ".npy": _read_npy}
+
+
+def _from_function(source: str) -> Dataset:
+    """Data of a function that yields batches. All of it is kept: a generator must end."""
+    produced = call(source, DataError)
+    if not isinstance(produced, Iterable):
+        raise DataError(f"{source} returned {type(produced).__name__}; it must yield batches: x, (x, y), ((x0, x1), y)")
+    columns: list[tuple[Array, ...]] = []
+    labels: list[Array] = []
+    try:
+        for batch in produced:
+            xs, y = _batch(batch)
+            if columns and (
+                [x.shape[1:] for x in xs] != [x.shape[1:] for x in columns[0]] or bool(labels) != (y is not None)
+            ):
+                raise DataError(f"{source}: batch {len(columns)} is not of the form of the first: {_shapes(xs)}")
+            if any(x.ndim == 0 for x in xs):
+                raise DataError(f"{source}: batch {len(columns)} has a number where samples are due")
+            columns.append(xs)
+            if y is not None:
+                labels.append(y)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{source}: batch {len(columns)} failed: {reason(error)}") from error
+    if not columns:
+        raise DataError(f"{source} yields no batch")
+    inputs = tuple(np.concatenate(column) for column in zip(*columns, strict=True))
+    return Dataset(inputs, np.concatenate([np.atleast_1d(y) for y in labels]) if labels else None, source)
+
+
+def _batch(batch: Any) -> tuple[tuple[Array, ...], Array | None]:
+    """Inputs and labels of x, (x, y) or ((x0, x1), y)."""
+    if not isinstance(batch, tuple | list):
+        return (_array(batch),), None
+    if len(batch) != 2:
+        raise DataError(f"a batch is x, (x, y) or ((x0, x1), y), and one has {len(batch)} parts")
+    xs, y = batch
+    inputs = tuple(_array(x) for x in xs) if isinstance(xs, tuple | list) else (_array(xs),)
+    return inputs, None if y is None else _array(y)
+
+
+def _array(value: Any) -> Array:
+    """An array of an array or tensor, on whatever device it is."""
+    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+
+
+def _shapes(xs: Iterable[Array]) -> str:
+    return ", ".join(str(list(x.shape)) for x in xs)
+
+
+def _checked(data: Dataset) -> Dataset:
+    """Data whose parts fit one another; floats are float32."""
+    for i, x in enumerate(data.inputs):
+        if len(x.shape) == 0:
+            raise DataError(f"{data.source}: input {i} is one number, not samples")
+        if len(x) == 0:
+            raise DataError(f"{data.source} has no samples: input {i} is {list(x.shape)}")
+        if len(x) != len(data):
+            raise DataError(f"{data.source}: input {i} has {len(x)} samples, input 0 has {len(data)}")
+        if x.dtype.kind not in "fiub":
+            raise DataError(f"{data.source}: input {i} is {x.dtype}, not numbers")
+    labels = data.labels
+    if labels is not None:
+        if labels.ndim == 0 or len(labels) != len(data):
+            count = "one number" if labels.ndim == 0 else f"{len(labels)} labels"
+            raise DataError(f"{data.source}: y has {count} for {len(data)} samples")
+        if labels.dtype.kind not in "fiub":
+            raise DataError(f"{data.source}: y is {labels.dtype}, not numbers; give class numbers from 0")
+    inputs = tuple(x if x.dtype.kind != "f" else _cast(x, np.dtype(np.float32)) for x in data.inputs)
+    return replace(data, inputs=inputs)
+
+
+def _cast(x: Samples, dtype: np.dtype[Any]) -> Samples:
+    if x.dtype == dtype:
+        return x
+    if isinstance(x, np.ndarray) and not isinstance(x, np.memmap):
+        with np.errstate(over="ignore"):  # what overflows is infinite, and refused as such
+            return x.astype(dtype)
+    return Rows(x, np.arange(len(x)), dtype)
+
+
+def _taken(x: Samples, indices: Array) -> Samples:
+    if isinstance(x, np.ndarray) and not isinstance(x, np.memmap):
+        return x[indices]
+    if isinstance(x, Rows):
+        return replace(x, indices=x.indices[indices])
+    return Rows(x, indices, x.dtype)
+
+
+def _classes(labels: Array | None, order: Array) -> list[Array]:
+    """The samples of each class in the given order; one class where labels are no class numbers."""
+    if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return [order]
+    ordered = labels[order]
+    by_class = order[np.argsort(ordered, kind="stable")]
+    cuts = np.cumsum(np.unique(ordered, return_counts=True)[1])[:-1]
+    return list(np.split(by_class, cuts))
+
+
+def _fitted(x: Samples, spec: InputSpec, name: str) -> Samples:
+    """Samples in the dtype of the network's input, or the reason why they do not fit."""
+    wanted = np.dtype(str(spec.dtype).removeprefix("torch."))
+    given = f"{name} is {x.dtype} {list(x.shape)}"
+    takes = f"the network's {spec.name} takes {wanted} [{', '.join(['*', *map(str, spec.shape[1:])])}]"
+    if not spec.shape:
+        raise DataError(f"{given}; the network's {spec.name} takes one number without samples, which data cannot give")
+    if x.shape[1:] != spec.shape[1:]:
+        raise DataError(f"{given}; {takes}{_hint(x.shape[1:], spec.shape[1:])}")
+    if x.dtype.kind == "f" and wanted.kind == "f":
+        _check_values(x, name)
+        return _cast(x, wanted)
+    if wanted.kind == "f":
+        raise DataError(f"{given}; {takes}; octoc does not scale: apply the network's own preprocessing to x first")
+    if x.dtype.kind not in "iub" or (wanted.kind == "b") != (x.dtype.kind == "b"):
+        raise DataError(f"{given}; {takes}; convert with x.astype({str(wanted)!r}) if the values are meant so")
+    if not np.can_cast(x.dtype, wanted):
+        limits = np.iinfo(wanted)
+        low, high = _range(x)
+        if low < limits.min or high > limits.max:
+            raise DataError(f"{given} with values from {low} to {high}; {takes}, from {limits.min} to {limits.max}")
+    return _cast(x, wanted)
+
+
+def _hint(given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What to do about a wrong shape, where it is one of the usual mistakes."""
+    if len(given) >= 2 and (given[-1], *given[:-1]) == wanted:
+        axes = (0, len(given), *range(1, len(given)))
+        return f"; its channels are last: x.transpose{axes} moves them"
+    if len(given) >= 2 and (*given[1:], given[0]) == wanted:
+        axes = (0, *range(2, len(given) + 1), 1)
+        return f"; its channels are first: x.transpose{axes} moves them"
+    if (1, *given) == wanted:
+        return "; it lacks the channel axis: x[:, None] adds it"
+    if len(given) == len(wanted) - 1 and given == wanted[1:]:
+        return f"; it lacks an axis of {wanted[0]} after the samples"
+    return ""
+
+
+def _check_values(x: Samples, name: str) -> None:
+    nans = infinities = 0
+    for start in range(0, len(x), _ROWS):
+        rows = np.asarray(x[start : start + _ROWS])
+        finite = np.isfinite(rows)
+        if not finite.all():
+            nans += int(np.isnan(rows).sum())
+            infinities += int(np.isinf(rows).sum())
+    if nans or infinities:
+        size = int(np.prod(x.shape))
+        raise DataError(f"{name} has {nans} NaN and {infinities} infinite values of {size}; remove those samples")
+
+
+def _range(x: Samples) -> tuple[int, int]:
+    parts = [np.asarray(x[start : start + _ROWS]) for start in range(0, len(x), _ROWS)]
+    return min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+
+
+def _check_classes(labels: Array, classes: int, source: str) -> None:
+    if labels.dtype.kind not in "iu":
+        way = "; y.astype('int64') keeps the values" if labels.dtype.kind == "f" and (labels % 1 == 0).all() else ""
+        raise DataError(f"{source}: y is {labels.dtype}; class numbers are integers{way}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"{source}: y runs from {low} to {high}; the network has {classes} classes, from 0")
