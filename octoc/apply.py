@@ -14,6 +14,7 @@ from octoc.graph import bias_of, fold_batch_norm
 from octoc.model import Layer, Model
 from octoc.qtensor import Affine, QTensor, Scheme
 from octoc.quantize import encode
+from octoc.quantize import equalize as equalization
 from octoc.quantize.activations import (
     Range,
     encode_bias,
@@ -21,7 +22,7 @@ from octoc.quantize.activations import (
     rewrite,
     separate_biases,
 )
-from octoc.recipe import Decision, Encode, Factorize, FoldBatchNorm, Prune, QuantizeActivations, Recipe
+from octoc.recipe import Decision, Encode, Equalize, Factorize, FoldBatchNorm, Prune, QuantizeActivations, Recipe
 
 
 def fingerprint(model: Model) -> str:
@@ -46,11 +47,24 @@ def restructure(model: Model, steps: Iterable[Decision]) -> Model:
                 model = _method(folder, step.method).rewrite(model, _layer(model, step.tensor), amount)
             case FoldBatchNorm():
                 model = fold_batch_norm(model)
+            case Equalize():
+                model = equalize(model, step.powers)
             case QuantizeActivations():
                 model = quantize_activations(model, {n: Range(*pair) for n, pair in step.ranges.items()})
             case Encode():
                 pass
     return model
+
+
+def equalize(model: Model, powers: Mapping[str, tuple[int, ...]]) -> Model:
+    """The model with its channels rescaled; see `octoc.quantize.equalize`."""
+    channels = {pair.first: pair.channels for pair in equalization.pairs(model)}
+    for first, exponents in powers.items():
+        if channels.get(first) != len(exponents):
+            raise UsageError(
+                f"the recipe rescales {len(exponents)} channels of {first}, and the network has no such pair"
+            )
+    return equalization.rewrite(model, powers)
 
 
 def quantize_activations(model: Model, ranges: Mapping[str, Range]) -> Model:
@@ -123,7 +137,7 @@ def runs_in_integers(weight: QTensor | None) -> bool:
     """Whether integer kernels take the weight: symmetric int8, one scale a tensor or an output channel."""
     if not isinstance(weight, Affine) or weight.bits != 8 or not weight.signed or weight.zero_point is not None:
         return False
-    return sum(size > 1 for size in weight.scale.shape) <= 1
+    return sum(int(size > 1) for size in weight.scale.shape) <= 1
 
 
 def apply(recipe: Recipe, model: Model, encoder: Callable[[Layer, Scheme, str], QTensor] | None = None) -> Compressed:

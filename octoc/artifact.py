@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from octoc import __version__
-from octoc.apply import Encoder, encode_weights, quantize_activations
+from octoc.apply import Encoder, encode_weights, restructure
 from octoc.compressed import Compressed
 from octoc.data import Dataset
 from octoc.device import Device
@@ -28,8 +28,9 @@ from octoc.progress import Clock
 from octoc.proof import NAME as PROOF
 from octoc.proof import Array, artifact_bytes, artifact_sha256, prove, write_proof
 from octoc.qtensor import QTensor, Scheme
-from octoc.quantize.activations import Range, calibrate, integer_layers
-from octoc.recipe import Decision, Encode, QuantizeActivations, Recipe
+from octoc.quantize.activations import calibrate, integer_layers
+from octoc.quantize.equalize import exponents
+from octoc.recipe import Decision, Encode, Equalize, QuantizeActivations, Recipe
 from octoc.report import ArtifactReport, Check, LayerLine, Note, Point
 from octoc.search import Outcome, Plan, Search, Tools
 from octoc.units import format_size
@@ -71,21 +72,25 @@ class Shared:
     clock: Clock
     bases: dict[tuple[str, str], Any] = field(default_factory=dict)
     encoders: dict[str, Encoder] = field(default_factory=dict)
-    ranges: dict[str, Range] | None = None
+    activation_steps: tuple[Equalize | QuantizeActivations, ...] = ()
 
-    def activated(self) -> tuple[Model, dict[str, Range]]:
-        """The network with int8 activations where they are asked for, and their ranges."""
+    def activated(self) -> tuple[Model, tuple[Equalize | QuantizeActivations, ...]]:
+        """The network with int8 activations where they are asked for, and the steps that made it so."""
         recipe = self.options.recipe
         if recipe is not None:
-            found = {n: Range(*pair) for step in recipe.of(QuantizeActivations) for n, pair in step.ranges.items()}
-            return (quantize_activations(self.shaped, found) if found else self.shaped), found
-        if self.options.activations == "float":
-            return self.shaped, {}
-        if self.ranges is None:
-            size = 32 if self.shaped.dynamic_batch else self.shaped.inputs[0].shape[0]
-            with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
-                self.ranges = calibrate(self.shaped, self._batches(size))
-        return quantize_activations(self.shaped, self.ranges), self.ranges
+            self.activation_steps = tuple(s for s in recipe.steps if isinstance(s, Equalize | QuantizeActivations))
+        elif self.options.activations == "int8" and not self.activation_steps:
+            self.activation_steps = self._calibrate()
+        return restructure(self.shaped, self.activation_steps), self.activation_steps
+
+    def _calibrate(self) -> tuple[Equalize | QuantizeActivations, ...]:
+        size = 32 if self.shaped.dynamic_batch else self.shaped.inputs[0].shape[0]
+        with self.clock.stage("calibrate", "Equalising channels", len(self.calibration)):
+            powers = exponents(self.shaped, self._batches(size))
+        steps = (Equalize(powers),) if powers else ()
+        with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
+            ranges = calibrate(restructure(self.shaped, steps), self._batches(size))
+        return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
 
     def _batches(self, size: int) -> Any:
         for arrays, _ in self.calibration.batches(size):
@@ -100,8 +105,8 @@ class _Workbench:
     def __init__(self, job: Job, shared: Shared, work: Path) -> None:
         self.job, self.shared, self.options, self.clock = job, shared, shared.options, shared.clock
         self.writer: Exporter = exporter(job.format)
-        self.model, self.ranges = shared.activated()
-        self.integer = bool(self.ranges)
+        self.model, self.activation_steps = shared.activated()
+        self.integer = any(isinstance(step, QuantizeActivations) for step in self.activation_steps)
         self.folder = work / job.device.id / job.format
         self.base = self._converted()
         self.dtype: str = getattr(self.base, "compute", "float32")
@@ -213,9 +218,7 @@ class _Workbench:
             return predict(open_session(self.job.format, path), data.inputs, self.clock.progress.advance)
 
     def recipe(self, plan: Plan) -> Recipe:
-        ranges = {name: (r.scale, r.zero_point) for name, r in self.ranges.items()}
-        activations = (QuantizeActivations(ranges),) if ranges else ()
-        steps = (*self.shared.structure, *activations, *self.encodes(plan))
+        steps = (*self.shared.structure, *self.activation_steps, *self.encodes(plan))
         return Recipe(
             self.shared.fingerprint, self.job.format, self.job.device.id, self.options.seed, steps, __version__
         )
@@ -361,7 +364,7 @@ def _goals(bench: _Workbench, nbytes: int, quality: float | None, reachable: tup
         detail = f"{format_size(nbytes)} ({nbytes} B) of {format_size(options.max_size)} allowed"
         if nbytes > options.max_size:
             detail += f"; the smallest reachable here is {reachable[0]} B"
-        goals.append(Check("size", nbytes <= options.max_size, detail))
+        goals.append(Check("size", nbytes <= options.max_size, detail, float(options.max_size)))
     if options.max_drop is not None and quality is not None:
         limit = options.max_drop.limit(shared.quality, shared.metric)
         held = options.max_drop.holds(quality, shared.quality, shared.metric)
@@ -369,7 +372,9 @@ def _goals(bench: _Workbench, nbytes: int, quality: float | None, reachable: tup
         detail = (
             f"{shared.metric.name} {quality:.4g}{unit}, at {'least' if shared.metric.higher_is_better else 'most'} "
         )
-        goals.append(Check("drop", held, detail + f"{limit:.4g}{unit} asked for, original {shared.quality:.4g}{unit}"))
+        goals.append(
+            Check("drop", held, detail + f"{limit:.4g}{unit} asked for, original {shared.quality:.4g}{unit}", limit)
+        )
     return goals
 
 

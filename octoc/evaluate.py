@@ -62,12 +62,12 @@ def samples_first(output: Array, batch: int, count: int) -> Array:
     return output[:count]
 
 
-def predict(session: Session, inputs: Sequence[Array], step: Callable[[int], Any] = lambda n: None) -> list[Array]:
+def predict(session: Session, inputs: Sequence[Any], step: Callable[[int], Any] = lambda n: None) -> list[Array]:
     """Outputs of an artefact, in its order.
 
     Args:
         session: the artefact.
-        inputs: [samples, ...] each, in the order of `session.inputs`.
+        inputs: [samples, ...] each, arrays or what a slice turns into one, in the order of `session.inputs`.
         step: called with the number of samples done since the last call.
     """
     batch = declared_batch(session.inputs)
@@ -84,7 +84,7 @@ def predict(session: Session, inputs: Sequence[Array], step: Callable[[int], Any
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def predict_model(model: Model, inputs: Sequence[Array], step: Callable[[int], Any] = lambda n: None) -> list[Array]:
+def predict_model(model: Model, inputs: Sequence[Any], step: Callable[[int], Any] = lambda n: None) -> list[Array]:
     """Outputs of a network in torch; arguments as in `predict`."""
     batch = 1
     if not model.dynamic_batch:
@@ -105,6 +105,6 @@ def predict_model(model: Model, inputs: Sequence[Array], step: Callable[[int], A
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def _pieces(inputs: Sequence[Array], size: int) -> Iterator[list[Array]]:
+def _pieces(inputs: Sequence[Any], size: int) -> Iterator[list[Array]]:
     for start in range(0, len(inputs[0]), size):
         yield [np.asarray(array[start : start + size]) for array in inputs]

@@ -52,6 +52,20 @@ class FoldBatchNorm:
 
 
 @dataclass(frozen=True)
+class Equalize:
+    """Rescale channels between neighbouring layers by powers of two.
+
+    Args:
+        powers: name of the first layer's operation -> one exponent a channel.
+        method: a file of octoc/quantize/.
+    """
+
+    powers: Mapping[str, tuple[int, ...]]
+    method: str = "equalize"
+    step: ClassVar[str] = "equalize"
+
+
+@dataclass(frozen=True)
 class QuantizeActivations:
     """Run in integers what can.
 
@@ -83,9 +97,9 @@ class Encode:
     step: ClassVar[str] = "encode"
 
 
-Decision = Prune | Factorize | FoldBatchNorm | QuantizeActivations | Encode
+Decision = Prune | Factorize | FoldBatchNorm | Equalize | QuantizeActivations | Encode
 _STEPS: dict[str, type[Any]] = {
-    kind.step: kind for kind in (Prune, Factorize, FoldBatchNorm, QuantizeActivations, Encode)
+    kind.step: kind for kind in (Prune, Factorize, FoldBatchNorm, Equalize, QuantizeActivations, Encode)
 }
 
 
@@ -166,6 +180,8 @@ def _decision(path: Path, index: int, entry: Any) -> Decision:
         Scheme.parse(decision.scheme)
         if decision.dtype not in ("float16", "float32") or decision.axis not in (0, 1):
             raise UsageError(f"{where} (encode): dtype {decision.dtype!r} or axis {decision.axis} is not known")
+    if isinstance(decision, Equalize):
+        return Equalize(_powers(where, decision.powers), decision.method)
     if isinstance(decision, QuantizeActivations):
         return QuantizeActivations(_ranges(where, decision.ranges), decision.method)
     return decision
@@ -184,7 +200,17 @@ def _ranges(where: str, ranges: Mapping[str, Any]) -> dict[str, tuple[float, int
     return found
 
 
+def _powers(where: str, powers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    for node, exponents in powers.items():
+        if not isinstance(exponents, list) or not all(type(e) is int and abs(e) <= 32 for e in exponents):
+            raise UsageError(
+                f"{where}: the powers of {node} are {exponents!r:.60}, expected a list of small whole numbers"
+            )
+    return {node: tuple(exponents) for node, exponents in powers.items()}
+
+
 _TYPES: dict[str, Any] = {
+    "powers": dict,
     "tensor": str,
     "method": str,
     "scheme": str,

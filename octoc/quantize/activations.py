@@ -35,29 +35,22 @@ LOW, HIGH = -128, 127
 _COMPUTE = {
     *(target for target, kind in KINDS.items() if kind.bias is not None),
     aten.add.Tensor,
-    aten.add_.Tensor,
     aten.mul.Tensor,
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.mean.dim,
     aten.leaky_relu.default,
-    aten.leaky_relu_.default,
     aten.cat.default,
 }
 # What a kernel applies to its result before it is rounded.
 _FUSED = {
     aten.relu.default,
-    aten.relu_.default,
     aten.relu6.default,
-    aten.relu6_.default,
     aten.hardtanh.default,
-    aten.hardtanh_.default,
 }
 # Operations that move values without changing them: int8 in, the same int8 out.
 _MOVES = {
-    aten.view.default,
     aten.reshape.default,
-    aten._unsafe_view.default,
     aten.flatten.using_ints,
     aten.permute.default,
     aten.transpose.int,
@@ -68,9 +61,7 @@ _MOVES = {
     aten.slice.Tensor,
     aten.select.int,
     aten.max_pool2d.default,
-    aten.clone.default,
 }
-_SLOPED = {aten.leaky_relu.default, aten.leaky_relu_.default}
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,8 @@ def quantization_points(model: Model) -> dict[str, str]:
         name of the node whose value is quantized -> name of the node whose range it takes (itself, or for a node that
         only moves values the one they come from).
     """
-    floats = {n for n in model.graph.nodes if n.op == "placeholder" and _is_float(model, n)}
+    inputs = zip(model.placeholders, model.inputs, strict=True)
+    floats = {node for node, spec in inputs if spec.dtype.is_floating_point}
     points: dict[str, str] = {}
     for node in model.graph.nodes:
         if node.op == "placeholder" and node in floats and any(_reads_int8(user) for user in node.users):
@@ -126,10 +118,6 @@ def quantization_points(model: Model) -> dict[str, str]:
             if isinstance(source, fx.Node) and source.name in points:
                 points[node.name] = points[source.name]
     return points
-
-
-def _is_float(model: Model, node: fx.Node) -> bool:
-    return next(spec.dtype.is_floating_point for spec in model.inputs if spec.name == node.name)
 
 
 def _is_real(node: fx.Node) -> bool:
@@ -166,11 +154,10 @@ def calibrate(model: Model, batches: Iterable[tuple[Tensor, ...]], steps: int = 
         if node.name in histograms:
             histograms[node.name].update(value.detach().float().numpy())
 
-    inputs = {spec.name: i for i, spec in enumerate(model.inputs)}
     for batch in batches:
-        for name, i in inputs.items():
-            if name in histograms:
-                histograms[name].update(batch[i].numpy())
+        for node, values in zip(model.placeholders, batch, strict=True):
+            if node.name in histograms:
+                histograms[node.name].update(values.numpy())
         model.run(*batch, observe=note)
     nodes = model.nodes()
     chosen = {name: choose_range(h, _slope(nodes[name]), steps) for name, h in histograms.items()}
@@ -179,7 +166,7 @@ def calibrate(model: Model, batches: Iterable[tuple[Tensor, ...]], steps: int = 
 
 def _slope(node: fx.Node) -> float:
     """Slope below zero of the leaky ReLU that alone reads the node, 1 elsewhere."""
-    if node.users and all(user.target in _SLOPED for user in node.users):
+    if node.users and all(user.target is aten.leaky_relu.default for user in node.users):
         return max(abs(float(argument(user, "negative_slope", 1, 0.01))) for user in node.users)
     return 1.0
 
@@ -284,13 +271,12 @@ def separate_biases(model: Model) -> Model:
     return replace(result, tensors=tensors)
 
 
-def encode_bias(bias: np.ndarray[Any, Any], weight: Affine, axis: int, input_scale: float) -> Affine:
+def encode_bias(bias: np.ndarray[Any, Any], weight: Affine, input_scale: float) -> Affine:
     """A bias as 32-bit integers on the grid of the accumulator.
 
     Args:
         bias: float32 [out].
         weight: the layer's weight, one scale a tensor or a channel.
-        axis: its output-channel axis.
         input_scale: of the layer's int8 input.
 
     Returns:
