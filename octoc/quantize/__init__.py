@@ -1,0 +1,160 @@
+"""Methods that change how weights and activations are stored, one a file. The file's name is the method's name.
+
+A file says in `KIND` which kind of method it is; one of kind "encode" has
+
+    ENCODES                                 the `Scheme.kind` that it produces
+    encode(weight, scheme, axis, *, dtype, importance) -> QTensor
+
+`encode` of this module is the way in: it checks what it is given, takes the usual method for the scheme and, where the
+scheme is sparse, stores zeros as a mask (the method then sees them with importance 0).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octoc.errors import DataError, ModelError, UsageError
+from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Scheme, Sparse
+
+DTYPES = ("float32", "float16")
+
+# The method that encodes a kind of scheme where nothing else is asked for.
+_USUAL = {"affine": "rtn", "palette": "palette", "cast": "cast"}
+
+
+class Encoder(Protocol):
+    """What every file of kind "encode" provides; see above."""
+
+    KIND: str
+    ENCODES: str
+
+    def encode(
+        self, weight: Array, scheme: Scheme, axis: int, *, dtype: str, importance: Array | None
+    ) -> Affine | Palette | Cast: ...
+
+
+def encoders() -> tuple[str, ...]:
+    """Names of all methods that encode weights, without importing them."""
+    names = (info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg)
+    return tuple(sorted(name for name in names if _kind(name) == "encode"))
+
+
+def encoder(name: str) -> Encoder:
+    """The method `name`. Raises UsageError where there is none that encodes."""
+    if name not in encoders():
+        raise UsageError(f"no method {name!r} encodes weights; there are {', '.join(encoders())}")
+    method: Encoder = importlib.import_module(f"{__name__}.{name}")  # type: ignore[assignment]
+    return method
+
+
+def _kind(name: str) -> str | None:
+    """What the file says of itself: importing it would import what it needs."""
+    source = pkgutil.get_data(__name__, f"{name}.py") or b""
+    match = re.search(rb'^KIND = "(\w+)"', source, re.MULTILINE)
+    return match[1].decode() if match else None
+
+
+def encode(
+    weight: Array, scheme: Scheme, axis: int, *, dtype: str = "float32", importance: Array | None = None
+) -> QTensor:
+    """Stores a weight as `scheme` says, with the least squared error that the usual method finds.
+
+    Args:
+        weight: any float array.
+        scheme: how it is to be stored.
+        axis: its output-channel axis, 0 or 1.
+        dtype: one of DTYPES, of scales and tables, which is also what the runtime computes in.
+        importance: how much the squared error of each element counts; not negative, broadcasts to the weight's shape.
+            Where a whole scale or table would count for nothing, its elements that are not zero count alike.
+
+    Raises:
+        ModelError: NaN or infinite weights, or weights that float16 cannot hold.
+        UsageError: the scheme does not fit the shape.
+        DataError: the importance does not fit the weight.
+    """
+    weight = np.asarray(weight, np.float32)
+    bad = int(np.count_nonzero(~np.isfinite(weight)))
+    if bad:
+        raise ModelError(f"{bad} of {weight.size} weights are NaN or infinite")
+    mask = weight != 0
+    grid = scheme.grid(weight.shape, axis)
+    if importance is not None:
+        importance = _checked(importance, weight.shape)
+    if scheme.sparse:
+        importance = mask.astype(np.float32) if importance is None else importance * mask
+    if importance is not None:
+        importance = _never_void(importance, mask, grid)
+    method = encoder(_USUAL[scheme.kind])
+    dense = method.encode(weight, replace(scheme, sparse=False), axis, dtype=dtype, importance=importance)
+    return Sparse(mask, _zero_outside(dense, mask)) if scheme.sparse else dense
+
+
+def _checked(importance: Array, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Scaled to at most 1, so that products with it stay finite."""
+    try:
+        spread = np.broadcast_to(np.asarray(importance, np.float64), shape)
+    except ValueError:
+        raise DataError(f"importance of shape {np.shape(importance)} for a weight of shape {shape}") from None
+    if not np.isfinite(spread).all() or (spread < 0).any():
+        raise DataError("importance holds NaN, infinite or negative values")
+    return (spread / (spread.max(initial=0) or 1)).astype(np.float32)
+
+
+def _never_void(importance: Array, mask: Array, grid: tuple[int, ...]) -> Array:
+    """In tiles of total importance 0, elements that are not zero count 1; in tiles of zeros all do."""
+    rows, kept = to_rows(importance, grid), to_rows(mask, grid)
+    void = ~rows.any(axis=1)
+    if not void.any():
+        return importance
+    filled = rows.copy()
+    filled[void] = np.where(kept[void].any(axis=1, keepdims=True), kept[void], True)
+    return from_rows(filled, importance.shape, grid)
+
+
+def _zero_outside(dense: Affine | Palette | Cast, mask: Array) -> Affine | Palette | Cast:
+    if isinstance(dense, Cast):
+        return replace(dense, values=np.where(mask, dense.values, np.float16(0)))
+    return replace(dense, codes=np.where(mask, dense.codes, dense.codes.dtype.type(0)))
+
+
+def require(scheme: Scheme, kind: str, weight: Array, dtype: str) -> None:
+    """Checks that a method was given its own kind of scheme and weights that `dtype` can hold."""
+    if scheme.kind != kind:
+        raise UsageError(f"{scheme} is no {kind} encoding")
+    if dtype not in DTYPES:
+        raise UsageError(f"scales and tables are {' or '.join(DTYPES)}, not {dtype}")
+    largest = float(np.abs(weight).max(initial=0))
+    limit = float(np.finfo(dtype).max)
+    if largest > limit:
+        raise ModelError(f"the largest weight is {largest:g}; {dtype} holds at most {limit:g}")
+
+
+def to_rows(weight: Array, grid: tuple[int, ...]) -> Array:
+    """The elements of each tile of a grid as one row.
+
+    Args:
+        weight: any shape.
+        grid: [g_0, ..., g_{r-1}], each g_i divides weight.shape[i].
+
+    Returns:
+        [product of the grid, elements in a tile], tiles in C order of the grid.
+    """
+    split = [part for g, size in zip(grid, weight.shape, strict=True) for part in (g, size // g)]
+    order = [*range(0, len(split), 2), *range(1, len(split), 2)]
+    tiles = int(np.prod(grid))
+    return np.ascontiguousarray(weight.reshape(split).transpose(order)).reshape(tiles, weight.size // tiles)
+
+
+def from_rows(rows: Array, shape: tuple[int, ...], grid: tuple[int, ...]) -> Array:
+    """The inverse of `to_rows`."""
+    rank = len(shape)
+    tile = [size // g for g, size in zip(grid, shape, strict=True)]
+    order = [axis for i in range(rank) for axis in (i, rank + i)]
+    return np.ascontiguousarray(rows.reshape(*grid, *tile).transpose(order)).reshape(shape)

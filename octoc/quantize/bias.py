@@ -1,0 +1,75 @@
+"""Bias correction: what quantization adds to the mean of a channel is taken off its bias.
+
+Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, in its empirical form.
+
+1. The float network gives the mean of each channel of each layer's output on some calibration samples.
+2. The compressed network is evaluated on the same samples, layer after layer: the difference of a layer's mean goes
+   into its bias and is taken off the value at once, so that later layers see corrected inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from octoc.graph import bias_of
+from octoc.model import KINDS, Model, aten
+
+KIND = "tune"
+
+
+def corrections(reference: Model, small: Model, samples: Sequence[Tensor]) -> dict[str, NDArray[np.float32]]:
+    """What to add to each bias.
+
+    Args:
+        reference: the network in floats.
+        small: the compressed network with decoded weights; its layers have the reference's names.
+        samples: one tensor an input, a batch that the network takes in one call.
+
+    Returns:
+        name of a bias in `small` -> [channels].
+    """
+    layers = {n.name: n for n in small.graph.nodes if n.op == "call_function" and n.target in KINDS}
+    biases = {name: bias_of(node) for name, node in layers.items()}
+    means: dict[str, Tensor] = {}
+    found: dict[str, NDArray[np.float32]] = {}
+
+    def remember(node: fx.Node, value: Any) -> None:
+        if biases.get(node.name) is not None:
+            means[node.name] = _channel_means(node, value)
+
+    def correct(node: fx.Node, value: Any) -> None:
+        bias = biases.get(node.name)
+        if bias is None or node.name not in means or len(bias.users) > 1:
+            return
+        shift = means[node.name] - _channel_means(node, value)
+        found[str(bias.target)] = shift.float().numpy()
+        value.add_(shift.reshape(_shape(node, value)).to(value.dtype))
+
+    reference.run(*samples, observe=remember)
+    small.run(*samples, observe=correct)
+    return found
+
+
+def _channel(node: fx.Node, value: Tensor) -> int:
+    return value.dim() - 1 if node.target is aten.linear.default else 1
+
+
+def _channel_means(node: fx.Node, value: Tensor) -> Tensor:
+    return value.double().mean([i for i in range(value.dim()) if i != _channel(node, value)])
+
+
+def _shape(node: fx.Node, value: Tensor) -> list[int]:
+    return [-1 if i == _channel(node, value) else 1 for i in range(value.dim())]
+
+
+def rewrite(model: Model, shifts: Mapping[str, Sequence[float]]) -> Model:
+    """The network with its biases shifted."""
+    return model.with_tensors(
+        {name: model.tensors[name] + torch.tensor(shift, dtype=torch.float32) for name, shift in shifts.items()}
+    )

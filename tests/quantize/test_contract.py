@@ -1,0 +1,189 @@
+"""What every method that encodes weights keeps to, whichever files the folder holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from octoc.errors import DataError, ModelError, UsageError
+from octoc.qtensor import Affine, Palette, Scheme, Sparse, difference
+from octoc.quantize import encode, encoder, encoders, from_rows, to_rows
+
+SCHEMES = {
+    "affine": [
+        "int2-tensor",
+        "int3-channel",
+        "int4-group4",
+        "int4-channel",
+        "int5-tensor",
+        "int8-channel",
+        "int8-group2",
+    ],
+    "palette": ["palette1-tensor", "palette2-group2", "palette3-channel", "palette4-tensor", "palette8-tensor"],
+    "cast": ["float16"],
+}
+UNFIT = {"affine": ["int4-group5"], "palette": ["palette4-group5"], "cast": []}
+CASES = [(name, text) for name in encoders() for text in SCHEMES[encoder(name).ENCODES]]
+DTYPES = ["float32", "float16"]
+
+
+def weights():
+    """Named weights [6, 8, 3], each of which broke somebody's quantizer."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((6, 8, 3)).astype(np.float32)
+    dead = normal.copy()
+    dead[2] = 0
+    return {
+        "normal": normal,
+        "a zero channel": dead,
+        "all zero": np.zeros_like(normal),
+        "constant": np.full_like(normal, 0.3),
+        "negative": -np.abs(normal),
+        "denormal": normal * np.float32(1e-40),
+        "mixed": normal * np.float32(10.0) ** rng.integers(-42, 4, normal.shape).astype(np.float32),
+        "close to float16's end": np.sign(normal) * np.float32(65504),
+        "huge": normal * np.float32(1e38 / 4),
+    }
+
+
+WEIGHTS = weights()
+
+
+def stored_as(name, text, weight, dtype, **more):
+    return encoder(name).encode(weight, Scheme.parse(text), 0, dtype=dtype, **{"importance": None, **more})
+
+
+def bound(scheme, weight, dtype):
+    """Largest error [weight's shape] that rounding at min-max's step may leave, plus what the dtype takes."""
+    peak = np.abs(weight).max()
+    relative = 0.0 if scheme.kind == "cast" else 0.5 / (2 ** (scheme.bits - 1) - 1) if scheme.bits > 1 else 1.0
+    info = np.finfo("float16" if scheme.kind == "cast" else dtype)
+    return peak * (relative + 2 * float(info.eps)) + float(info.smallest_normal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", list(WEIGHTS))
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_any_finite_weight_is_stored_finite_near_and_twice_the_same(name, text, case, dtype):
+    weight, scheme = WEIGHTS[case], Scheme.parse(text)
+    narrow = dtype == "float16" or scheme.kind == "cast"
+    if case == "huge" and narrow:
+        with pytest.raises(ModelError, match="65504"):
+            stored_as(name, text, weight, dtype)
+        return
+    stored = stored_as(name, text, weight, dtype)
+    decoded = stored.dequantize().astype(np.float64)
+    assert decoded.shape == weight.shape
+    assert np.isfinite(decoded).all()
+    root_mean = np.sqrt(np.mean(np.square(decoded - weight)))
+    assert root_mean <= bound(scheme, weight, dtype)
+    assert difference(stored, stored_as(name, text, weight.copy(), dtype)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_codes_keep_to_their_bits_and_scales_are_normal_numbers(name, text, dtype):
+    scheme = Scheme.parse(text)
+    for case, weight in WEIGHTS.items():
+        if case == "huge" and (dtype == "float16" or scheme.kind == "cast"):
+            continue
+        stored = stored_as(name, text, weight, dtype)
+        assert stored.bits == scheme.bits
+        if isinstance(stored, Affine):
+            assert stored.codes.dtype == np.int8
+            assert stored.codes.min() >= -(2 ** (scheme.bits - 1))
+            assert stored.codes.max() < 2 ** (scheme.bits - 1)
+            assert stored.scale.dtype == dtype
+            assert stored.scale.shape == scheme.grid(weight.shape, 0)
+            assert (stored.scale >= np.finfo(dtype).smallest_normal).all()
+        if isinstance(stored, Palette):
+            assert stored.codes.dtype == np.uint8
+            assert stored.codes.max() < 2**scheme.bits
+            assert stored.table.dtype == dtype
+            assert np.isfinite(stored.table).all()
+
+
+@pytest.mark.parametrize("name", encoders())
+def test_more_bits_never_lose_more(name):
+    weight = np.random.default_rng(1).standard_normal((16, 24)).astype(np.float32)
+    kind = encoder(name).ENCODES
+    choices = {
+        "affine": [f"int{bits}-channel" for bits in range(2, 9)],
+        "palette": [f"palette{bits}-group4" for bits in (1, 2, 3, 4, 6, 8)],
+        "cast": ["float16"],
+    }[kind]
+    errors = [np.square(stored_as(name, text, weight, "float32").dequantize() - weight).sum() for text in choices]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("name", encoders())
+def test_unfit_schemes_and_other_kinds_are_refused(name):
+    weight, kind = WEIGHTS["normal"], encoder(name).ENCODES
+    others = [texts[0] for other, texts in SCHEMES.items() if other != kind]
+    for text in UNFIT[kind] + others:
+        with pytest.raises(UsageError):
+            stored_as(name, text, weight, "float32")
+    if kind != "cast":  # it has no scales
+        with pytest.raises(UsageError, match="bfloat16"):
+            stored_as(name, SCHEMES[kind][0], weight, "bfloat16")
+
+
+@pytest.mark.parametrize("text", [text for texts in SCHEMES.values() for text in texts])
+def test_sparse_is_dense_with_zeros_kept_and_no_codes_for_them(text):
+    weight = np.where(np.random.default_rng(2).uniform(size=(6, 8, 3)) < 0.5, np.float32(0), WEIGHTS["normal"])
+    weight[1] = 0
+    weight[2, 0, 0] = -0.0
+    stored = encode(weight, Scheme.parse(text + "-sparse"), 0, importance=np.abs(weight[:1]))
+    assert isinstance(stored, Sparse)
+    np.testing.assert_array_equal(stored.mask, weight != 0)
+    codes = stored.dense.arrays().get("codes", stored.dense.arrays().get("values"))
+    assert not codes[~stored.mask].any()
+    assert not np.signbit(codes[~stored.mask]).any()
+    decoded = stored.dequantize()
+    assert not decoded[weight == 0].any()
+    assert np.isfinite(decoded).all()
+
+
+def test_importance_that_is_zero_throughout_a_tile_counts_alike():
+    weight = WEIGHTS["normal"]
+    importance = np.ones_like(weight)
+    importance[3] = 0
+    for text in ("int4-channel", "palette2-channel"):
+        plain, given = (encode(weight, Scheme.parse(text), 0, importance=i) for i in (None, importance))
+        assert difference(plain, given) is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_counted_and_refused(bad):
+    weight = WEIGHTS["normal"].copy()
+    weight[0, 0, :2] = bad
+    with pytest.raises(ModelError, match="2 of 144"):
+        encode(weight, Scheme.parse("int8-channel"), 0)
+
+
+@pytest.mark.parametrize("importance", [np.ones(5), np.full((6, 8, 3), -1.0), np.full((6, 8, 3), np.nan)])
+def test_importance_that_does_not_fit_is_refused(importance):
+    with pytest.raises(DataError, match="importance"):
+        encode(WEIGHTS["normal"], Scheme.parse("int8-channel"), 0, importance=importance)
+
+
+def test_rows_hold_whole_tiles_and_go_back():
+    weight = np.arange(2 * 6 * 4).reshape(2, 6, 4)
+    rows = to_rows(weight, (2, 3, 1))
+    np.testing.assert_array_equal(rows[1], weight[0, 2:4].ravel())
+    np.testing.assert_array_equal(from_rows(rows, weight.shape, (2, 3, 1)), weight)
+
+
+def test_only_files_that_encode_are_listed_and_listing_imports_none():
+    code = "import sys, octoc.quantize as q; print(*q.encoders()); print([m for m in sys.modules if 'quantize.' in m])"
+    names, loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert {"rtn", "palette", "cast"} <= set(names.split())
+    assert "activations" not in names.split()
+    assert loaded == "[]"
+    with pytest.raises(UsageError, match="rtn"):
+        encoder("activations")
