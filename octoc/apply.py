@@ -1,19 +1,18 @@
-"""Recipe and model -> `Compressed`: prune, factorize, fold batch norm, quantize activations, encode, in this order."""
+"""Applies the decisions of a recipe, each in one function; what a step needs is checked against the network first."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from octoc.compressed import Compressed, Skip
 from octoc.errors import UsageError
 from octoc.graph import bias_of, fold_batch_norm
 from octoc.model import Layer, Model
 from octoc.qtensor import Affine, QTensor, Scheme
-from octoc.quantize import encode
+from octoc.quantize import bias, encode
 from octoc.quantize import equalize as equalization
 from octoc.quantize.activations import (
     Range,
@@ -22,7 +21,7 @@ from octoc.quantize.activations import (
     rewrite,
     separate_biases,
 )
-from octoc.recipe import Decision, Encode, Equalize, Factorize, FoldBatchNorm, Prune, QuantizeActivations, Recipe
+from octoc.recipe import CorrectBiases, Decision, Encode, Equalize, Factorize, FoldBatchNorm, Prune, QuantizeActivations
 
 
 def fingerprint(model: Model) -> str:
@@ -51,6 +50,8 @@ def restructure(model: Model, steps: Iterable[Decision]) -> Model:
                 model = equalize(model, step.powers)
             case QuantizeActivations():
                 model = quantize_activations(model, {n: Range(*pair) for n, pair in step.ranges.items()})
+            case CorrectBiases():
+                model = correct_biases(model, step.shifts)
             case Encode():
                 pass
     return model
@@ -107,7 +108,7 @@ class Encoder:
 def encode_weights(
     model: Model, steps: Iterable[Encode], encoder: Callable[[Layer, Scheme, str], QTensor]
 ) -> dict[str, QTensor]:
-    """Compressed weights by name, and the 32-bit biases of layers that run in integers.
+    """Compressed weights by name.
 
     Args:
         model: after `restructure`.
@@ -120,17 +121,23 @@ def encode_weights(
         if step.tensor not in layers:
             raise UsageError(f"the recipe names the weight {step.tensor}, which the network lacks")
         coded[step.tensor] = encoder(layers[step.tensor], Scheme.parse(step.scheme), step.dtype)
+    return coded
+
+
+def encode_biases(model: Model, coded: Mapping[str, QTensor]) -> dict[str, QTensor]:
+    """32-bit biases, by name, of the layers that run in integers with these weights."""
+    biases: dict[str, QTensor] = {}
     for name, uses in integer_layers(model).items():
         weight = coded.get(name)
         if not runs_in_integers(weight):
             continue
         assert isinstance(weight, Affine)
         for node, found in uses:
-            bias = bias_of(node)
-            if bias is not None:
-                values = model.tensors[str(bias.target)].detach().numpy()
-                coded[str(bias.target)] = encode_bias(values, weight, found.scale)
-    return coded
+            source = bias_of(node)
+            if source is not None:
+                values = model.tensors[str(source.target)].detach().numpy()
+                biases[str(source.target)] = encode_bias(values, weight, found.scale)
+    return biases
 
 
 def runs_in_integers(weight: QTensor | None) -> bool:
@@ -140,9 +147,9 @@ def runs_in_integers(weight: QTensor | None) -> bool:
     return sum(int(size > 1) for size in weight.scale.shape) <= 1
 
 
-def apply(recipe: Recipe, model: Model, encoder: Callable[[Layer, Scheme, str], QTensor] | None = None) -> Compressed:
-    """The compressed network of a recipe."""
-    shaped = restructure(model, recipe.steps)
-    coded = encode_weights(shaped, recipe.of(Encode), encoder or Encoder(shaped))
-    left = [layer.name for layer in shaped.layers() if layer.name not in coded]
-    return Compressed(shaped, coded, tuple(Skip(name, "the recipe leaves it in floats") for name in left))
+def correct_biases(model: Model, shifts: Mapping[str, Sequence[float]]) -> Model:
+    """The model with shifted biases; see `octoc.quantize.bias`."""
+    for name, shift in shifts.items():
+        if name not in model.tensors or tuple(model.tensors[name].shape) != (len(shift),):
+            raise UsageError(f"the recipe shifts {len(shift)} values of the bias {name}, which the network lacks")
+    return bias.rewrite(model, shifts)

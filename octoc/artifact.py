@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from octoc import __version__
-from octoc.apply import Encoder, encode_weights, restructure
+from octoc.apply import Encoder, encode_biases, encode_weights, restructure
 from octoc.compressed import Compressed
 from octoc.data import Dataset
 from octoc.device import Device
@@ -29,8 +29,9 @@ from octoc.proof import NAME as PROOF
 from octoc.proof import Array, artifact_bytes, artifact_sha256, prove, write_proof
 from octoc.qtensor import QTensor, Scheme
 from octoc.quantize.activations import calibrate, integer_layers
+from octoc.quantize.bias import corrections
 from octoc.quantize.equalize import exponents
-from octoc.recipe import Decision, Encode, Equalize, QuantizeActivations, Recipe
+from octoc.recipe import CorrectBiases, Decision, Encode, Equalize, QuantizeActivations, Recipe
 from octoc.report import ArtifactReport, Check, LayerLine, Note, Point
 from octoc.search import Outcome, Plan, Search, Tools
 from octoc.units import format_size
@@ -38,6 +39,8 @@ from octoc.verify import verify
 
 if TYPE_CHECKING:
     from octoc.pipeline import Options
+
+SAMPLES = 64  # enough for the mean of a channel, few enough to keep every value of one evaluation
 
 # Largest difference between an artefact and the compressed network in torch, as a share of the largest output.
 # Floats: rounding in another order. float16: 11 bits a value through the whole network. int8 activations: a value on
@@ -92,6 +95,11 @@ class Shared:
             ranges = calibrate(restructure(self.shaped, steps), self._batches(size))
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
 
+    def samples(self) -> list[torch.Tensor]:
+        """Calibration samples for what is measured in one call, one tensor an input."""
+        count = SAMPLES if self.shaped.dynamic_batch else self.shaped.inputs[0].shape[0]
+        return [torch.from_numpy(np.array(array[:count])) for array in self.calibration.inputs]
+
     def _batches(self, size: int) -> Any:
         for arrays, _ in self.calibration.batches(size):
             if self.shaped.dynamic_batch or len(arrays[0]) == size:
@@ -106,6 +114,8 @@ class _Workbench:
         self.job, self.shared, self.options, self.clock = job, shared, shared.options, shared.clock
         self.writer: Exporter = exporter(job.format)
         self.model, self.activation_steps = shared.activated()
+        self.reference = restructure(shared.shaped, [s for s in self.activation_steps if isinstance(s, Equalize)])
+        self.bias_steps: tuple[CorrectBiases, ...] = ()
         self.integer = any(isinstance(step, QuantizeActivations) for step in self.activation_steps)
         self.folder = work / job.device.id / job.format
         self.base = self._converted()
@@ -154,8 +164,8 @@ class _Workbench:
     def _asked_text(self) -> str:
         if self.options.weights is not None:
             return self.options.weights
-        goals = self.options.max_size is not None or self.options.max_drop is not None
-        return "" if goals else "int8"
+        chosen = (self.options.max_size, self.options.max_drop, self.options.recipe)  # these say what is to be stored
+        return "int8" if chosen == (None, None, None) else ""
 
     def _asked(self, scheme: Scheme) -> bool:
         """`int8` stands for every encoding that begins so; nothing asked for leaves the choice to the planner."""
@@ -183,7 +193,20 @@ class _Workbench:
             return Search(chosen, self.schemes, sensitivity, weights, tools)
 
     def assemble(self, plan: Plan) -> Compressed:
-        return Compressed(self.model, encode_weights(self.model, self.encodes(plan), self._encode))
+        """The compressed network of a plan, its biases corrected on calibration samples."""
+        coded = encode_weights(self.model, self.encodes(plan), self._encode)
+        model = restructure(self.model, self._corrections(coded))
+        return Compressed(model, {**coded, **encode_biases(model, coded)})
+
+    def _corrections(self, coded: dict[str, QTensor]) -> tuple[CorrectBiases, ...]:
+        recipe = self.options.recipe
+        if recipe is not None:
+            self.bias_steps = recipe.of(CorrectBiases)
+        else:
+            decoded = Compressed(self.model, coded).decoded
+            shifts = corrections(self.reference, decoded, self.shared.samples())
+            self.bias_steps = (CorrectBiases({name: tuple(map(float, shift)) for name, shift in shifts.items()}),)
+        return self.bias_steps
 
     def _encode(self, layer: Layer, scheme: Scheme, dtype: str) -> QTensor:
         return self.encoder(layer, scheme, dtype)
@@ -218,7 +241,7 @@ class _Workbench:
             return predict(open_session(self.job.format, path), data.inputs, self.clock.progress.advance)
 
     def recipe(self, plan: Plan) -> Recipe:
-        steps = (*self.shared.structure, *self.activation_steps, *self.encodes(plan))
+        steps = (*self.shared.structure, *self.activation_steps, *self.bias_steps, *self.encodes(plan))
         return Recipe(
             self.shared.fingerprint, self.job.format, self.job.device.id, self.options.seed, steps, __version__
         )
@@ -253,13 +276,13 @@ def plan_only(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport
     search, options = bench.search, shared.options
     search.measure_overhead()
     budget = options.max_size if options.max_size is not None else search.reachable()[1]
-    found = search.within(budget) or search.smallest()
+    found = _planned(bench) if options.recipe else search.within(budget) or search.smallest()
     nbytes = sum(choice.nbytes for choice in found) + search.overhead
     return _report(bench, found, None, nbytes, None, [], search.reachable())
 
 
-def _replay(bench: _Workbench) -> Outcome:
-    """The plan of a recipe, without a search."""
+def _planned(bench: _Workbench) -> Plan:
+    """The plan of the recipe that is to be replayed."""
     recipe = bench.options.recipe
     assert recipe is not None
     if recipe.model != bench.shared.fingerprint:
@@ -274,6 +297,12 @@ def _replay(bench: _Workbench) -> Outcome:
         if not options:
             raise UsageError(f"{bench.job.device.id} does not run {step.tensor} as {step.scheme} in {bench.job.format}")
         plan[at] = options[0]
+    return plan
+
+
+def _replay(bench: _Workbench) -> Outcome:
+    """The plan of a recipe, without a search."""
+    plan = _planned(bench)
     small = bench.assemble(plan)
     path, nbytes = bench.write(small)
     quality = bench.file_quality(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -80,6 +81,20 @@ class QuantizeActivations:
 
 
 @dataclass(frozen=True)
+class CorrectBiases:
+    """Add to biases what quantization took from the means of their channels.
+
+    Args:
+        shifts: name of a bias -> one number a channel.
+        method: a file of octoc/quantize/.
+    """
+
+    shifts: Mapping[str, tuple[float, ...]]
+    method: str = "bias"
+    step: ClassVar[str] = "correct_biases"
+
+
+@dataclass(frozen=True)
 class Encode:
     """Store a weight compressed.
 
@@ -97,9 +112,9 @@ class Encode:
     step: ClassVar[str] = "encode"
 
 
-Decision = Prune | Factorize | FoldBatchNorm | Equalize | QuantizeActivations | Encode
+Decision = Prune | Factorize | FoldBatchNorm | Equalize | QuantizeActivations | CorrectBiases | Encode
 _STEPS: dict[str, type[Any]] = {
-    kind.step: kind for kind in (Prune, Factorize, FoldBatchNorm, Equalize, QuantizeActivations, Encode)
+    kind.step: kind for kind in (Prune, Factorize, FoldBatchNorm, Equalize, QuantizeActivations, CorrectBiases, Encode)
 }
 
 
@@ -182,6 +197,8 @@ def _decision(path: Path, index: int, entry: Any) -> Decision:
             raise UsageError(f"{where} (encode): dtype {decision.dtype!r} or axis {decision.axis} is not known")
     if isinstance(decision, Equalize):
         return Equalize(_powers(where, decision.powers), decision.method)
+    if isinstance(decision, CorrectBiases):
+        return CorrectBiases(_shifts(where, decision.shifts), decision.method)
     if isinstance(decision, QuantizeActivations):
         return QuantizeActivations(_ranges(where, decision.ranges), decision.method)
     return decision
@@ -209,7 +226,15 @@ def _powers(where: str, powers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
     return {node: tuple(exponents) for node, exponents in powers.items()}
 
 
+def _shifts(where: str, shifts: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    for bias, values in shifts.items():
+        if not isinstance(values, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            raise UsageError(f"{where}: the shifts of {bias} are {values!r:.60}, expected a list of finite numbers")
+    return {bias: tuple(float(v) for v in values) for bias, values in shifts.items()}
+
+
 _TYPES: dict[str, Any] = {
+    "shifts": dict,
     "powers": dict,
     "tensor": str,
     "method": str,
