@@ -29,7 +29,7 @@ from octoc.proof import NAME as PROOF
 from octoc.proof import Array, artifact_bytes, artifact_sha256, prove, write_proof
 from octoc.qtensor import QTensor, Scheme
 from octoc.quantize.activations import calibrate, integer_layers
-from octoc.quantize.bias import corrections
+from octoc.quantize.bias import channel_means, corrections
 from octoc.quantize.equalize import exponents
 from octoc.recipe import CorrectBiases, Decision, Encode, Equalize, QuantizeActivations, Recipe
 from octoc.report import ArtifactReport, Check, LayerLine, Note, Point
@@ -114,7 +114,7 @@ class _Workbench:
         self.job, self.shared, self.options, self.clock = job, shared, shared.options, shared.clock
         self.writer: Exporter = exporter(job.format)
         self.model, self.activation_steps = shared.activated()
-        self.reference = restructure(shared.shaped, [s for s in self.activation_steps if isinstance(s, Equalize)])
+        self._means: dict[str, torch.Tensor] | None = None
         self.bias_steps: tuple[CorrectBiases, ...] = ()
         self.integer = any(isinstance(step, QuantizeActivations) for step in self.activation_steps)
         self.folder = work / job.device.id / job.format
@@ -149,7 +149,8 @@ class _Workbench:
                 continue
             kinds = [operation(nodes[name], self.model.tensors) for name in layer.nodes]
             good, refused = choices(layer, kinds, offered, self.writer, layer.name in integers)
-            wanted = [scheme for scheme in good if self._asked(scheme)]
+            wanted = [scheme for scheme in _worth_pricing(good) if self._asked(scheme)]
+            wanted = wanted or [scheme for scheme in good if self._asked(scheme)]
             if not wanted and good:
                 wanted = [max(good, key=lambda s: s.bits)]
                 why = next((r for s, r in refused.items() if self._asked(Scheme.parse(s))), "not offered by the device")
@@ -193,20 +194,24 @@ class _Workbench:
             return Search(chosen, self.schemes, sensitivity, weights, tools)
 
     def assemble(self, plan: Plan) -> Compressed:
-        """The compressed network of a plan, its biases corrected on calibration samples."""
+        """The compressed network of a plan, its biases corrected where its codes are coarse."""
         coded = encode_weights(self.model, self.encodes(plan), self._encode)
-        model = restructure(self.model, self._corrections(coded))
+        self.bias_steps = self._corrections(coded)
+        model = restructure(self.model, self.bias_steps)
         return Compressed(model, {**coded, **encode_biases(model, coded)})
 
     def _corrections(self, coded: dict[str, QTensor]) -> tuple[CorrectBiases, ...]:
         recipe = self.options.recipe
         if recipe is not None:
-            self.bias_steps = recipe.of(CorrectBiases)
-        else:
-            decoded = Compressed(self.model, coded).decoded
-            shifts = corrections(self.reference, decoded, self.shared.samples())
-            self.bias_steps = (CorrectBiases({name: tuple(map(float, shift)) for name, shift in shifts.items()}),)
-        return self.bias_steps
+            return recipe.of(CorrectBiases)
+        if not self.integer and all(tensor.bits >= 8 for tensor in coded.values()):
+            return ()  # 8-bit weights alone move no mean that float rounding would not
+        samples = self.shared.samples()
+        if self._means is None:
+            equalized = [step for step in self.activation_steps if isinstance(step, Equalize)]
+            self._means = channel_means(restructure(self.shared.shaped, equalized), samples)
+        shifts = corrections(self._means, Compressed(self.model, coded).decoded, samples)
+        return (CorrectBiases({name: tuple(map(float, shift)) for name, shift in shifts.items()}),)
 
     def _encode(self, layer: Layer, scheme: Scheme, dtype: str) -> QTensor:
         return self.encoder(layer, scheme, dtype)
@@ -245,6 +250,17 @@ class _Workbench:
         return Recipe(
             self.shared.fingerprint, self.job.format, self.job.device.id, self.options.seed, steps, __version__
         )
+
+
+def _worth_pricing(schemes: list[Scheme]) -> list[Scheme]:
+    """What the planner looks at: without the palettes that take seconds a layer to compute and win nothing.
+
+    Where int8 is on offer an 8-bit palette takes as many bytes for hardly less error, and a 6-bit palette a group of
+    channels gains less than its tables cost.
+    """
+    if not any(scheme.kind == "affine" and scheme.bits == 8 for scheme in schemes):
+        return schemes
+    return [s for s in schemes if s.kind != "palette" or s.bits < 6 or (s.bits == 6 and s.granularity == "tensor")]
 
 
 def build(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:

@@ -90,10 +90,9 @@ def prove(small: Compressed, samples: Sequence[Array], fmt: str, tolerance: floa
             rows.append(summary(value.numpy()))
 
     for i in range(len(probes[0])):
-        operations.clear()
-        rows.clear()
         call = [torch.from_numpy(p[i]).reshape(s.shape) for p, s in zip(probes, model.inputs, strict=True)]
-        found.append([value.numpy() for value in model.run(*call, observe=note)])
+        last = i == len(probes[0]) - 1
+        found.append([value.numpy() for value in model.run(*call, observe=note if last else None)])
     return Proof(
         small.qtensors,
         {spec.name: p.reshape(len(p), *spec.shape) for spec, p in zip(model.inputs, probes, strict=True)},
@@ -131,7 +130,7 @@ def write_proof(proof: Proof, path: Path) -> None:
         "integer": proof.integer,
         "sha256": proof.sha256,
     }
-    # Written by Python: safetensors' own writer hides a full disk in an error of its own, and the file from other users.
+    # safetensors' own writer hides a full disk in an error of its own, and the file from other users
     whole = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     path.write_bytes(save(whole, {"octoc": json.dumps(facts)}))
 

@@ -23,35 +23,44 @@ from octoc.model import KINDS, Model, aten
 KIND = "tune"
 
 
-def corrections(reference: Model, small: Model, samples: Sequence[Tensor]) -> dict[str, NDArray[np.float32]]:
-    """What to add to each bias.
+def channel_means(reference: Model, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Mean of each channel of each layer's output, by the name of the layer's operation.
 
     Args:
         reference: the network in floats.
+        samples: one tensor an input, a batch that the network takes in one call.
+    """
+    means: dict[str, Tensor] = {}
+
+    def remember(node: fx.Node, value: Any) -> None:
+        if node.target in KINDS and bias_of(node) is not None:
+            means[node.name] = _mean(node, value)
+
+    reference.run(*samples, observe=remember)
+    return means
+
+
+def corrections(means: Mapping[str, Tensor], small: Model, samples: Sequence[Tensor]) -> dict[str, NDArray[np.float32]]:
+    """What to add to each bias.
+
+    Args:
+        means: of the float network's layers, on the same samples.
         small: the compressed network with decoded weights; its layers have the reference's names.
         samples: one tensor an input, a batch that the network takes in one call.
 
     Returns:
         name of a bias in `small` -> [channels].
     """
-    layers = {n.name: n for n in small.graph.nodes if n.op == "call_function" and n.target in KINDS}
-    biases = {name: bias_of(node) for name, node in layers.items()}
-    means: dict[str, Tensor] = {}
     found: dict[str, NDArray[np.float32]] = {}
 
-    def remember(node: fx.Node, value: Any) -> None:
-        if biases.get(node.name) is not None:
-            means[node.name] = _channel_means(node, value)
-
     def correct(node: fx.Node, value: Any) -> None:
-        bias = biases.get(node.name)
-        if bias is None or node.name not in means or len(bias.users) > 1:
+        bias = bias_of(node) if node.name in means and node.target in KINDS else None
+        if bias is None or len(bias.users) > 1:
             return
-        shift = means[node.name] - _channel_means(node, value)
-        found[str(bias.target)] = shift.float().numpy()
-        value.add_(shift.reshape(_shape(node, value)).to(value.dtype))
+        shift = (means[node.name] - _mean(node, value)).float()
+        found[str(bias.target)] = shift.numpy()
+        value.add_(shift.reshape([-1 if i == _channel(node, value) else 1 for i in range(value.dim())]))
 
-    reference.run(*samples, observe=remember)
     small.run(*samples, observe=correct)
     return found
 
@@ -60,12 +69,8 @@ def _channel(node: fx.Node, value: Tensor) -> int:
     return value.dim() - 1 if node.target is aten.linear.default else 1
 
 
-def _channel_means(node: fx.Node, value: Tensor) -> Tensor:
-    return value.double().mean([i for i in range(value.dim()) if i != _channel(node, value)])
-
-
-def _shape(node: fx.Node, value: Tensor) -> list[int]:
-    return [-1 if i == _channel(node, value) else 1 for i in range(value.dim())]
+def _mean(node: fx.Node, value: Tensor) -> Tensor:
+    return value.mean([i for i in range(value.dim()) if i != _channel(node, value)], dtype=torch.float64)
 
 
 def rewrite(model: Model, shifts: Mapping[str, Sequence[float]]) -> Model:
