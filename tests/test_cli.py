@@ -38,7 +38,7 @@ class Work:
         torch.export.save(program, self.model)
         with torch.no_grad():
             np.savez(self.data, x=x.numpy(), y=network(x).argmax(1).numpy())
-        self.done = octoc(*self.arguments(out=self.out), "--json")
+        self.done = octoc(*self.arguments(out=self.out), "--max-drop", "1", "--json")
         self.artifact = self.out / DEVICE / "onnx" / "model.onnx"
 
     def arguments(self, **changed: Any) -> list[str]:

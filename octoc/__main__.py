@@ -1,0 +1,5 @@
+"""`python -m octoc`, the same as `octoc`."""
+
+from octoc.cli import main
+
+main()
