@@ -1,6 +1,8 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both use .venv in this folder.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Threads that wait by spinning slow one another down where cores are few or shared.
+export OMP_WAIT_POLICY ?= PASSIVE
 READY := .venv/.ready
 
 .PHONY: demo test test-full lint bench clean

@@ -91,13 +91,24 @@ def _layer(model: Model, name: str) -> Layer:
 
 
 class Encoder:
-    """Encodes the weights of one model, each (weight, scheme, dtype) once: a fleet shares what its devices share."""
+    """Encodes the weights of one model, each (weight, scheme, dtype) once: a fleet shares what its devices share.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        model: after `restructure`.
+        proven: compressed tensors to use as they are in place of computing them, by tensor name.
+    """
+
+    def __init__(self, model: Model, proven: Mapping[str, QTensor] | None = None) -> None:
         self.model = model
+        self.proven = proven or {}
         self._done: dict[tuple[str, str, str], QTensor] = {}
 
     def __call__(self, layer: Layer, scheme: Scheme, dtype: str) -> QTensor:
+        if layer.name in self.proven:
+            tensor = self.proven[layer.name]
+            if tensor.shape != layer.shape:
+                raise UsageError(f"the proof holds {layer.name} as {tensor.shape}, the network as {layer.shape}")
+            return tensor
         key = (layer.name, str(scheme), dtype)
         if key not in self._done:
             weight = self.model.tensors[layer.name].detach().numpy()

@@ -6,6 +6,7 @@
 | `.npy` | one input, read lazily; no labels |
 | a folder of images | `images.py` |
 | `package.module:function` | batches: x, (x, y) or ((x0, x1), y); arrays or tensors |
+| arrays or tensors themselves | one batch of that form |
 
 Nothing is unpickled and nothing is scaled in silence: float64 and float16 become float32, integers become the network's
 integers where they fit, and every other difference is an error.
@@ -17,59 +18,20 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octoc.errors import DataError
 from octoc.reference import call, is_reference, reason
+from octoc.samples import Array, Samples, cast, fitted, taken
 
 if TYPE_CHECKING:
     from octoc.model import InputSpec
 
-Array = NDArray[Any]
-
 ACCEPTED = "a .npz with x and y, a .npy, a folder of images, or package.module:function"
 _CALIBRATION_SHARE = 0.2
 _CALIBRATION_MOST = 512
-_ROWS = 1024  # samples looked at together
-
-
-class Samples(Protocol):
-    """One input's samples: an array, or something that makes rows when they are asked for."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, rows: Any, /) -> Array: ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of samples, made when they are asked for.
-
-    Args:
-        base: where the rows are.
-        indices: which, in order.
-        dtype: what they become.
-    """
-
-    base: Samples
-    indices: Array
-    dtype: np.dtype[Any]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.indices), *self.base.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, rows: Any, /) -> Array:
-        return np.asarray(self.base[self.indices[rows]]).astype(self.dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -99,7 +61,7 @@ class Dataset:
         """The samples of some indices, in their order; arrays are copied, lazy samples stay lazy."""
         chosen = np.asarray(indices, dtype=np.int64)
         labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, inputs=tuple(_taken(x, chosen) for x in self.inputs), labels=labels)
+        return replace(self, inputs=tuple(taken(x, chosen) for x in self.inputs), labels=labels)
 
     def split(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
         """Two disjoint parts that make up the whole, each in the original order.
@@ -141,24 +103,29 @@ class Dataset:
             )
         names = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
         cast = tuple(
-            _fitted(x, spec, f"{self.source}: {name}") for x, spec, name in zip(self.inputs, inputs, names, strict=True)
+            fitted(x, spec, f"{self.source}: {name}") for x, spec, name in zip(self.inputs, inputs, names, strict=True)
         )
         if self.labels is not None and classes is not None:
             _check_classes(self.labels, classes, self.source)
         return replace(self, inputs=cast)
 
 
-def load_data(source: str | Path, inputs: Sequence[InputSpec] | None = None) -> Dataset:
+def load_data(source: Any, inputs: Sequence[InputSpec] | None = None, name: str = "the data") -> Dataset:
     """Reads samples, and labels where there are any.
 
     Args:
-        source: one of the table above.
+        source: one of the table above, or a `Dataset`.
         inputs: what the network takes; checked where given.
+        name: of samples that have no file.
 
     Raises:
         UsageError: no such module or function.
         DataError: the source cannot be read, is empty, or does not fit the network.
     """
+    if not isinstance(source, str | Path):
+        data = source if isinstance(source, Dataset) else Dataset(*_batch(source), name)
+        data = _checked(data)
+        return data if inputs is None else data.check(inputs)
     path, text = Path(source), str(source)
     if path.is_dir():
         from octoc.images import load_folder
@@ -313,25 +280,8 @@ def _checked(data: Dataset) -> Dataset:
             raise DataError(f"{data.source}: y has {count} for {len(data)} samples")
         if labels.dtype.kind not in "fiub":
             raise DataError(f"{data.source}: y is {labels.dtype}, not numbers; give class numbers from 0")
-    inputs = tuple(x if x.dtype.kind != "f" else _cast(x, np.dtype(np.float32)) for x in data.inputs)
+    inputs = tuple(x if x.dtype.kind != "f" else cast(x, np.dtype(np.float32)) for x in data.inputs)
     return replace(data, inputs=inputs)
-
-
-def _cast(x: Samples, dtype: np.dtype[Any]) -> Samples:
-    if x.dtype == dtype:
-        return x
-    if isinstance(x, np.ndarray) and not isinstance(x, np.memmap):
-        with np.errstate(over="ignore"):  # what overflows is infinite, and refused as such
-            return x.astype(dtype)
-    return Rows(x, np.arange(len(x)), dtype)
-
-
-def _taken(x: Samples, indices: Array) -> Samples:
-    if isinstance(x, np.ndarray) and not isinstance(x, np.memmap):
-        return x[indices]
-    if isinstance(x, Rows):
-        return replace(x, indices=x.indices[indices])
-    return Rows(x, indices, x.dtype)
 
 
 def _classes(labels: Array | None, order: Array) -> list[Array]:
@@ -342,63 +292,6 @@ def _classes(labels: Array | None, order: Array) -> list[Array]:
     by_class = order[np.argsort(ordered, kind="stable")]
     cuts = np.cumsum(np.unique(ordered, return_counts=True)[1])[:-1]
     return list(np.split(by_class, cuts))
-
-
-def _fitted(x: Samples, spec: InputSpec, name: str) -> Samples:
-    """Samples in the dtype of the network's input, or the reason why they do not fit."""
-    wanted = np.dtype(str(spec.dtype).removeprefix("torch."))
-    given = f"{name} is {x.dtype} {list(x.shape)}"
-    takes = f"the network's {spec.name} takes {wanted} [{', '.join(['*', *map(str, spec.shape[1:])])}]"
-    if not spec.shape:
-        raise DataError(f"{given}; the network's {spec.name} takes one number without samples, which data cannot give")
-    if x.shape[1:] != spec.shape[1:]:
-        raise DataError(f"{given}; {takes}{_hint(x.shape[1:], spec.shape[1:])}")
-    if x.dtype.kind == "f" and wanted.kind == "f":
-        _check_values(x, name)
-        return _cast(x, wanted)
-    if wanted.kind == "f":
-        raise DataError(f"{given}; {takes}; octoc does not scale: apply the network's own preprocessing to x first")
-    if x.dtype.kind not in "iub" or (wanted.kind == "b") != (x.dtype.kind == "b"):
-        raise DataError(f"{given}; {takes}; convert with x.astype({str(wanted)!r}) if the values are meant so")
-    if not np.can_cast(x.dtype, wanted):
-        limits = np.iinfo(wanted)
-        low, high = _range(x)
-        if low < limits.min or high > limits.max:
-            raise DataError(f"{given} with values from {low} to {high}; {takes}, from {limits.min} to {limits.max}")
-    return _cast(x, wanted)
-
-
-def _hint(given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    """What to do about a wrong shape, where it is one of the usual mistakes."""
-    if len(given) >= 2 and (given[-1], *given[:-1]) == wanted:
-        axes = (0, len(given), *range(1, len(given)))
-        return f"; its channels are last: x.transpose{axes} moves them"
-    if len(given) >= 2 and (*given[1:], given[0]) == wanted:
-        axes = (0, *range(2, len(given) + 1), 1)
-        return f"; its channels are first: x.transpose{axes} moves them"
-    if (1, *given) == wanted:
-        return "; it lacks the channel axis: x[:, None] adds it"
-    if len(given) == len(wanted) - 1 and given == wanted[1:]:
-        return f"; it lacks an axis of {wanted[0]} after the samples"
-    return ""
-
-
-def _check_values(x: Samples, name: str) -> None:
-    nans = infinities = 0
-    for start in range(0, len(x), _ROWS):
-        rows = np.asarray(x[start : start + _ROWS])
-        finite = np.isfinite(rows)
-        if not finite.all():
-            nans += int(np.isnan(rows).sum())
-            infinities += int(np.isinf(rows).sum())
-    if nans or infinities:
-        size = int(np.prod(x.shape))
-        raise DataError(f"{name} has {nans} NaN and {infinities} infinite values of {size}; remove those samples")
-
-
-def _range(x: Samples) -> tuple[int, int]:
-    parts = [np.asarray(x[start : start + _ROWS]) for start in range(0, len(x), _ROWS)]
-    return min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
 
 
 def _check_classes(labels: Array, classes: int, source: str) -> None:

@@ -34,7 +34,8 @@ def fold_batch_norm(model: Model) -> Model:
     """Folds each batch norm into the convolution or linear layer before it.
 
     Left as they are: a batch norm whose input has another use or comes from a weight that several operations share,
-    and one after a linear layer with more than two dimensions (its channels are not the layer's).
+    one that takes its statistics from the batch, and one after a linear layer with more than two dimensions (its
+    channels are not the layer's).
     """
     result = model.copy()
     tensors = dict(result.tensors)
@@ -42,9 +43,10 @@ def fold_batch_norm(model: Model) -> Model:
     for node in list(result.graph.nodes):
         if node.op != "call_function" or node.target is not aten.batch_norm.default:
             continue
+        from_batch = node.args[3] is None or node.args[4] is None or bool(node.args[5])
         source = node.args[0]
         kind = KINDS.get(source.target) if source.op == "call_function" else None
-        if kind is None or kind.bias is None or len(source.users) > 1:
+        if from_batch or kind is None or kind.bias is None or len(source.users) > 1:
             continue
         weight = source.args[1]
         if weight.op != "get_attr" or len(weight.users) > 1:

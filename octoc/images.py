@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octoc.data import Dataset, Samples
+from octoc.data import Dataset
 from octoc.errors import DataError
 from octoc.reference import reason
+from octoc.samples import Samples
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
 _CHANNELS = {"RGB": 3, "BGR": 3, "L": 1}

@@ -164,14 +164,15 @@ class Model:
         return tuple(torch.zeros(size, dtype=spec.dtype) for size, spec in zip(sizes, self.inputs, strict=True))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Output shape of every operation for one sample (the example's batch where that is fixed)."""
-        found: dict[str, tuple[int, ...]] = {}
+        """Shape of every input and result for one sample (the example's batch where that is fixed)."""
+        examples = self.examples(1)
+        found = {node.name: tuple(e.shape) for node, e in zip(self.placeholders, examples, strict=True)}
 
         def note(node: fx.Node, value: Any) -> None:
             if isinstance(value, Tensor):
                 found[node.name] = tuple(value.shape)
 
-        self.run(*self.examples(1), observe=note)
+        self.run(*examples, observe=note)
         return found
 
     def layers(self) -> tuple[Layer, ...]:

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,44 +15,31 @@ import numpy as np
 
 from octoc import __version__
 from octoc.apply import fingerprint, restructure
-from octoc.artifact import Job, Shared, build, plan_only
+from octoc.artifact import build, plan_only
 from octoc.data import Dataset, load_data, split_calibration
 from octoc.device import Device, find_device, load_devices
 from octoc.errors import HostError, UsageError
 from octoc.evaluate import predict_model
 from octoc.export import formats as known_formats
 from octoc.load import load_model
-from octoc.metrics import Drop, default_metric, get_metric, parse_drop
+from octoc.metrics import default_metric, get_metric, parse_drop
 from octoc.model import Model
+from octoc.options import Options
 from octoc.profile import Profile, measure
 from octoc.progress import Clock, Progress, Silent
+from octoc.proof import NAME as PROOF
+from octoc.proof import Proof, read_proof
 from octoc.qtensor import Scheme
-from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune, Recipe, read_recipe
+from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune, read_recipe
 from octoc.report import Report
 from octoc.units import parse_size
+from octoc.workbench import Job, Shared
 
 if TYPE_CHECKING:
     from torch import nn
 
 PROFILE_SAMPLES = 64
 ALL = "all"  # the format that stands for every format of a device
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for; see `compress_model`."""
-
-    formats: tuple[str, ...] = ()
-    max_size: int | None = None
-    max_drop: Drop | None = None
-    weights: str | None = None
-    activations: str = "float"
-    sparsity: float | None = None
-    rank: float | None = None
-    seed: int = 0
-    recipe: Recipe | None = None
-    dry_run: bool = False
-    extras: dict[str, Any] = field(default_factory=dict)
 
 
 def compress_model(
@@ -74,6 +60,7 @@ def compress_model(
     metric: str | None = None,
     seed: int = 0,
     recipe: str | Path | None = None,
+    recompute: bool = False,
     devices_file: str | Path | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -83,7 +70,8 @@ def compress_model(
     Args:
         model: a module, a `.pt2` file, or `package.module:function`.
         devices: profile ids.
-        data: what quality is counted on: a file, a folder, `module:function`, or a `Dataset`.
+        data: what quality is counted on: a file, a folder, `module:function`, arrays or tensors x, (x, y) or
+            ((x0, x1), y), or a `Dataset`.
         out: folder for `DEVICE/FORMAT/` and the report.
         calibration: samples for calibration, in the same forms; split from `data` where None.
         weights_file: weights for a factory.
@@ -97,7 +85,9 @@ def compress_model(
         rank: share of the full rank that truncated SVD keeps, where that saves.
         metric: name of a metric or `module:function`; top-1 with integer labels, else cosine.
         seed: of everything random.
-        recipe: a recipe to replay instead of planning.
+        recipe: a recipe to replay instead of planning. The codes come from the proof beside it, where one lies: the
+            same bytes on any machine.
+        recompute: compute the codes of the recipe anew: the same bytes on the same kind of processor.
         devices_file: further device profiles.
         dry_run: plan, and say what is reachable, without writing anything.
         progress: who watches.
@@ -121,6 +111,7 @@ def compress_model(
         seed=seed,
         recipe=read_recipe(Path(recipe)) if recipe is not None else None,
         dry_run=dry_run,
+        proof=_proof_beside(Path(recipe)) if recipe is not None and not recompute else None,
     )
     if activations not in ("float", "int8"):
         raise UsageError(f"activations {activations!r}: choose float or int8")
@@ -179,6 +170,11 @@ def compress_model(
     return report
 
 
+def _proof_beside(recipe: Path) -> Proof | None:
+    path = recipe.with_name(PROOF)
+    return read_proof(path) if path.exists() else None
+
+
 def _fraction(name: str, value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
         raise UsageError(f"{name} {value} is not between 0 and 1")
@@ -224,7 +220,7 @@ def _load(
     model: Any, weights_file: str | Path | None, data: Any, calibration: Any, seed: int
 ) -> tuple[Dataset, Dataset, Model]:
     """Evaluation data, calibration data and the network, checked against one another."""
-    counted = data if isinstance(data, Dataset) else load_data(data, None)
+    counted = load_data(data)
     if isinstance(model, Model):
         network = model
     else:
@@ -234,9 +230,8 @@ def _load(
         network = load_model(model, weights=weights_file, examples=examples)
     counted = counted.check(network.inputs)
     given = None
-    if calibration is not None:
-        given = calibration if isinstance(calibration, Dataset) else load_data(calibration, network.inputs)
-        given = given.check(network.inputs)
+    if calibration is not None and calibration is not data:
+        given = load_data(calibration, network.inputs, "the calibration data")
     calibrated, counted = split_calibration(counted, given, seed)
     return counted, calibrated, network
 

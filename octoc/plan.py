@@ -61,7 +61,8 @@ def solve(layers: Sequence[Sequence[Choice]], budget: float) -> list[Choice] | N
     kept = [_undominated(layer) for layer in layers]
     tails = _relaxations(kept)
     incumbent = _rounded(kept, budget)
-    slack = 1e-9 * (1.0 + abs(incumbent))
+    # Sums of losses round by their magnitude, however small what is left of them; so much may not prune anything.
+    slack = 1e-9 * (1.0 + sum(max(abs(choice.loss) for choice in layer) for layer in kept))
     rest = np.cumsum([0, *(min(c.nbytes for c in layer) for layer in reversed(kept))])[::-1]
     used, lost = np.zeros(1, dtype=np.int64), np.zeros(1)
     trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []

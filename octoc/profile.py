@@ -98,8 +98,13 @@ def divergence(reference: Sequence[Tensor], outputs: Sequence[Tensor], classes: 
             continue
         if classes and original.dim() >= 2:
             p, q = original.double().log_softmax(-1), changed.double().log_softmax(-1)
-            total += float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0))
+            total += float((p.exp() * _gap(p, q)).sum(-1).mean().clamp_min(0))
         else:
-            power = float(original.double().square().sum())
-            total += float((original.double() - changed.double()).square().sum()) / max(power, 1e-30)
+            power = float(original[original.isfinite()].double().square().sum())
+            total += float(_gap(original.double(), changed.double()).square().sum()) / max(power, 1e-30)
     return total
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """a - b; 0 where both are minus infinity, as masked outputs are."""
+    return torch.where(a == b, 0.0, a - b)

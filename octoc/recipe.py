@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -156,13 +156,13 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a ValueError also of a number with thousands of digits
         raise UsageError(f"recipe {path} cannot be read: {error}") from error
     known = {"octoc", "model", "format", "device", "seed", "steps"}
     if not isinstance(data, dict) or set(data) != known or not isinstance(data["steps"], list):
         wrong = sorted(set(data) ^ known) if isinstance(data, dict) else type(data).__name__
         raise UsageError(f"recipe {path}: expected the keys {', '.join(sorted(known))}; differs in {wrong}")
-    if not isinstance(data["seed"], int) or not all(
+    if type(data["seed"]) is not int or not all(
         isinstance(data[k], str) for k in ("octoc", "model", "format", "device")
     ):
         raise UsageError(f"recipe {path}: seed is a whole number, octoc, model, format and device are texts")
@@ -192,9 +192,13 @@ def _decision(path: Path, index: int, entry: Any) -> Decision:
     if isinstance(decision, Factorize) and decision.rank < 1:
         raise UsageError(f"{where} (factorize): rank {decision.rank} is less than 1")
     if isinstance(decision, Encode):
-        Scheme.parse(decision.scheme)
+        try:
+            Scheme.parse(decision.scheme)
+        except UsageError as error:
+            raise UsageError(f"{where} (encode): {error}") from error
         if decision.dtype not in ("float16", "float32") or decision.axis not in (0, 1):
             raise UsageError(f"{where} (encode): dtype {decision.dtype!r} or axis {decision.axis} is not known")
+    where = f"{where} ({kind.step})"
     if isinstance(decision, Equalize):
         return Equalize(_powers(where, decision.powers), decision.method)
     if isinstance(decision, CorrectBiases):
@@ -204,11 +208,20 @@ def _decision(path: Path, index: int, entry: Any) -> Decision:
     return decision
 
 
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number that a float holds: JSON also has NaN, infinities and integers of any length."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def _ranges(where: str, ranges: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
     found: dict[str, tuple[float, int]] = {}
     for node, pair in ranges.items():
         match pair:
-            case [float() | int() as scale, int() as zero_point] if scale > 0 and -128 <= zero_point <= 127:
+            case [scale, zero_point] if _is_number(scale) and scale > 0 and _is_whole(zero_point, -128, 127):
                 found[node] = (float(scale), zero_point)
             case _:
                 raise UsageError(
@@ -219,7 +232,7 @@ def _ranges(where: str, ranges: Mapping[str, Any]) -> dict[str, tuple[float, int
 
 def _powers(where: str, powers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     for node, exponents in powers.items():
-        if not isinstance(exponents, list) or not all(type(e) is int and abs(e) <= 32 for e in exponents):
+        if not isinstance(exponents, list) or not all(_is_whole(e, -32, 32) for e in exponents):
             raise UsageError(
                 f"{where}: the powers of {node} are {exponents!r:.60}, expected a list of small whole numbers"
             )
@@ -228,7 +241,7 @@ def _powers(where: str, powers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
 
 def _shifts(where: str, shifts: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     for bias, values in shifts.items():
-        if not isinstance(values, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+        if not isinstance(values, list) or not all(_is_number(v) for v in values):
             raise UsageError(f"{where}: the shifts of {bias} are {values!r:.60}, expected a list of finite numbers")
     return {bias: tuple(float(v) for v in values) for bias, values in shifts.items()}
 

@@ -133,10 +133,10 @@ class Search:
             return self._fit(max_size)
         return self._smallest_good(max_size)
 
-    def _fit(self, max_size: int | None, small: Plan | None = None) -> Outcome:
+    def _fit(self, max_size: int | None) -> Outcome:
         """The best file within the budget; a wrong prediction of the overhead is corrected from the file itself."""
         if max_size is None:
-            return self._finish(small or self.best())
+            return self._finish(self.best())
         for _ in range(_CORRECTIONS):
             found = self.within(max_size)
             if found is None:
@@ -151,25 +151,21 @@ class Search:
     def _smallest_good(self, max_size: int | None) -> Outcome:
         """Bisects the budget for the smallest plan within the allowed drop, then confirms it on the file."""
         assert self.tools.worse is not None
-        low, high = self.reachable()
-        if max_size is not None:
-            high = min(high, max_size)
-        if high < low:
-            return self._fit(max_size)
-        top = self._fit(high) if max_size is not None else self._finish(self.best())
-        if self.tools.worse(top.quality):
+        top = self._fit(max_size)
+        low, high = self.reachable()[0], payload(top.plan) + self.overhead
+        if high <= low or self.tools.worse(top.quality):
             return top
-        good = float(high)
+        good = high
         for _ in range(_PROBES):
             middle = (low + good) / 2
             found = self.within(middle)
             if found is None or good - low < 0.005 * good:
                 break
             if self._is_good(found):
-                good = min(middle, payload(found) + self.overhead)
+                good = payload(found) + self.overhead
             else:
                 low = int(middle)
-        return self._confirm(good, float(high), top)
+        return self._confirm(good, high, top)
 
     def _is_good(self, found: Plan) -> bool:
         assert self.tools.worse is not None
@@ -179,7 +175,7 @@ class Search:
         self.points.append(Point(payload(found) + self.overhead, loss(found), quality, kind))
         return not missed
 
-    def _confirm(self, budget: float, high: float, top: Outcome) -> Outcome:
+    def _confirm(self, budget: float, high: int, top: Outcome) -> Outcome:
         """Counts on the file; steps up a twelfth of the way at a time while the file misses what its network held."""
         assert self.tools.worse is not None
         step = max((high - budget) / 12, 1.0)
@@ -187,11 +183,12 @@ class Search:
             found = self.within(budget)
             if found is not None:
                 outcome = self._finish(found)
-                if not self.tools.worse(outcome.quality):
+                # Fewer bytes of weights may make a larger file: `top` fits the budget, what is larger may not.
+                if not self.tools.worse(outcome.quality) and outcome.nbytes <= top.nbytes:
                     return outcome
                 self.points[-1] = Point(outcome.nbytes, loss(found), outcome.quality, "rejected")
             budget += step
-        # The file of `top` may have been overwritten by those that were tried since.
+        # Networks were assembled since `top`, and its file may have been overwritten.
         return self._finish(top.plan)
 
     def _finish(self, found: Plan) -> Outcome:

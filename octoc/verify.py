@@ -171,10 +171,7 @@ def _known(value: Array, proof: Proof) -> bool:
 
 def _integers(path: Path, proof: Proof) -> Check:
     """Every format's runtime says itself which operations still compute in floats."""
-    report = getattr(importlib.import_module(f"octoc.runtime.{proof.format}"), "float_operations", None)
-    if report is None:
-        return Check("integer operations", True, "weights are int8 and fed by dequantize; the runtime decides")
-    floats = report(path)
+    floats = importlib.import_module(f"octoc.runtime.{proof.format}").float_operations(path)
     if floats:
         return Check("integer operations", False, f"still in floats: {', '.join(floats[:5])}")
-    return Check("integer operations", True, "every convolution and linear layer runs in integers")
+    return Check("integer operations", True, "every convolution and fully connected layer runs in integers")

@@ -17,10 +17,10 @@ FLOORS = (
     {"errors"},
     {"units", "yaml_nodes", "accelerator", "device", "qtensor", "recipe", "reference", "progress", "metrics"}
     | {"report", "plan", "stats"},
-    {"model", "graph", "compressed", "load", "data", "images"},
+    {"model", "graph", "compressed", "load", "samples", "data", "images"},
     {"quantize", "prune", "lowrank", "recover", "export", "runtime"},
     {"evaluate", "proof", "profile", "placement", "search", "apply", "verify", "inspect", "bench", "fl_hooks"},
-    {"artifact", "pipeline"},
+    {"options", "workbench", "summary", "artifact", "pipeline"},
     {"demo"},
     {"commands", "cli", "__main__"},
 )

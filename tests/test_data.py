@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octoc.data import Dataset, Rows, load_data, split_calibration
+from octoc.data import Dataset, load_data, split_calibration
 from octoc.errors import DataError, UsageError
 from octoc.model import InputSpec
+from octoc.samples import Rows
 
 IMAGE = InputSpec("image", (1, 3, 8, 6), torch.float32)
 TOKENS = InputSpec("ids", (1, 5), torch.int32)

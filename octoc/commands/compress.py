@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     help="top1, top5, loss, cosine or module:function. Default: top1 with integer labels, else cosine.",
 )
 @click.option("--recipe", type=options.FILE, metavar="FILE", help="Replay a recipe.json instead of planning.")
+@click.option("--recompute", is_flag=True, help="With --recipe: compute codes anew, not from the proof beside it.")
 @options.devices_file
 @options.seed
 @click.option("--dry-run", is_flag=True, help="Plan, and say what is reachable; write nothing.")

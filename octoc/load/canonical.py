@@ -6,6 +6,7 @@
 3. Memory formats, devices and floating dtypes other than float32 leave the arguments; copies that only changed
    those leave the graph, and `view` becomes `reshape`, for a view may be valid in the traced memory format alone.
 4. What only tracing needs (assertions) or what does nothing in inference (dropout) goes.
+5. A pooling whose stride is left out gets its kernel as its stride, which is what torch takes it for.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ _LAYOUT_ARGUMENTS = {"memory_format", "layout", "pin_memory"}
 _UNBATCHED_NORM = aten._native_batch_norm_legit_no_training.default
 _CONVOLUTIONS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 _TRANSPOSED = {3: aten.conv_transpose1d.default, 4: aten.conv_transpose2d.input, 5: aten.conv_transpose3d.input}
+_POOLS = {
+    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
+    *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default),
+}
 _PRODUCTS: dict[Any, int] = {aten.addmm.default: 2, aten.mm.default: 1}  # position of the second factor
 _TURNS = {
     (aten.t.default, ()),
@@ -133,6 +138,9 @@ def _copy_call(node: fx.Node, graph: fx.Graph, values: Values, attribute: Callab
         _check_target(node)
         args, kwargs = map_arguments(node.args, values), map_arguments(node.kwargs, values)
         kwargs = {key: value for key, value in kwargs.items() if key not in _LAYOUT_ARGUMENTS}
+        if target in _POOLS and not (args[2] if len(args) > 2 else kwargs.get("stride")):
+            args = (*args[:2], args[1], *args[3:])
+            kwargs.pop("stride", None)
         plain = aten.reshape.default if target in _RESHAPES else (_replacement(node) or target)
         values[node] = _described(graph.create_node("call_function", plain, args, kwargs, name=node.name), node)
 

@@ -19,7 +19,7 @@ import torch
 from octoc.errors import ArtifactError, DataError
 from octoc.runtime import OpRecord, TensorSpec
 from octoc.runtime.mil.evaluate import Evaluator, Step, to_torch
-from octoc.runtime.mil.reader import Name, read_program
+from octoc.runtime.mil.reader import Name, Operation, read_program
 
 _CALLS_PER_CHUNK = 64  # beyond this, activations leave the cache and nothing is gained
 
@@ -169,3 +169,29 @@ def _array(tensor: torch.Tensor, dtype: str) -> np.ndarray:
     """A value in its declared type."""
     array = tensor.numpy()
     return array.astype(np.float16) if dtype == "FLOAT16" else array
+
+
+# Operations that hand on what they read: an int8 value stays one behind them.
+_MOVES = {"cast", "identity", "pad", "reshape", "transpose", "expand_dims", "squeeze", "slice_by_index"}
+
+
+def float_operations(path: Path) -> list[str]:
+    """Convolutions and linear layers that do not read `dequantize` and int8 weights: no device may fuse them."""
+    program = read_program(Path(path))
+    operations = program.main.operations
+    producers = {name: operation for operation in operations for name in operation.outputs}
+
+    def source(operation: Operation, parameter: str) -> str:
+        value: Any = operation.inputs.get(parameter, [None])[0]
+        before = producers.get(value) if isinstance(value, Name) else None
+        while before is not None and before.kind in _MOVES:
+            value = before.inputs["x"][0]
+            before = producers.get(value) if isinstance(value, Name) else None
+        return "" if before is None else before.kind
+
+    return [
+        f"{operation.kind} {operation.name}"
+        for operation in operations
+        if operation.kind in ("conv", "conv_transpose", "linear")
+        and (source(operation, "x") != "dequantize" or not source(operation, "weight").startswith("constexpr"))
+    ]

@@ -203,3 +203,9 @@ def _spec(value: Any) -> TensorSpec:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def float_operations(path: Path) -> list[str]:
+    """Convolutions and fully connected layers that onnxruntime computes in floats, counted by kind."""
+    counted = optimized_operations(path)
+    return [f"{counted[kind]} {kind}" for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm") if counted[kind]]

@@ -324,3 +324,23 @@ def _floats(interpreter: Any, detail: Mapping[str, Any]) -> Array:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def float_operations(path: Path) -> list[str]:
+    """Convolutions and fully connected layers of a file whose result is not an integer."""
+    content = read_checked(path)
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    kinds = {
+        getattr(schema.BuiltinOperator, kind): kind for kind in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+    }
+    found = []
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            code = model.operatorCodes[operator.opcodeIndex]
+            kind = kinds.get(max(code.builtinCode, code.deprecatedBuiltinCode))
+            result = graph.tensors[operator.outputs[0]]
+            if kind is not None and result.type == schema.TensorType.FLOAT32:
+                found.append(f"{kind} {result.name.decode()}")
+    return found

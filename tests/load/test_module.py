@@ -5,6 +5,7 @@ import warnings
 import loadable
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from octoc.errors import ModelError, UsageError
@@ -265,3 +266,15 @@ def test_integers_for_a_network_of_floats_are_left_for_the_datas_check_to_refuse
 
 def test_a_module_in_a_wrapper_of_data_parallel_training_is_taken_out() -> None:
     assert from_module(nn.DataParallel(nn.Linear(4, 2)), (ROWS,)).tensors.keys() == {"weight", "bias"}
+
+
+def test_a_pooling_without_a_stride_moves_by_its_kernel() -> None:
+    class Pools(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.avg_pool2d(F.max_pool2d(x, 2), (1, 3), padding=(0, 1)) + F.max_pool2d(x, 2, stride=(2, 6))
+
+    model = from_module(Pools(), [torch.randn(2, 3, 4, 18)])
+    strides = [node.args[2] for node in model.graph.nodes if "pool" in str(node.target)]
+    assert [list(stride) for stride in strides] == [[2, 2], [1, 3], [2, 6]]
+    x = torch.randn(3, 3, 4, 18)
+    assert torch.equal(model.run(x)[0], Pools()(x))

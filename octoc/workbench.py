@@ -1,0 +1,283 @@
+"""Around the search of one artefact: what a run shares, what may be chosen, and how a plan becomes a file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from octoc import __version__
+from octoc.apply import Encoder, encode_biases, encode_weights, restructure
+from octoc.compressed import Compressed
+from octoc.data import Dataset
+from octoc.device import Device
+from octoc.errors import UsageError
+from octoc.evaluate import open_session, predict, predict_model
+from octoc.export import Exporter, exporter
+from octoc.metrics import Metric
+from octoc.model import Layer, Model, operation
+from octoc.options import Options
+from octoc.placement import choices, offers, sparse_offers
+from octoc.profile import Profile
+from octoc.progress import Clock
+from octoc.proof import Array, artifact_bytes
+from octoc.qtensor import QTensor, Scheme
+from octoc.quantize.activations import calibrate, integer_layers
+from octoc.quantize.bias import channel_means, corrections
+from octoc.quantize.equalize import exponents
+from octoc.recipe import CorrectBiases, Decision, Encode, Equalize, QuantizeActivations, Recipe
+from octoc.report import Note
+from octoc.search import Plan, Search, Tools
+
+SAMPLES = 64  # enough for the mean of a channel, few enough to keep every value of one evaluation
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artefact to make."""
+
+    device: Device
+    format: str
+
+
+@dataclass
+class Shared:
+    """What all artefacts of a run share: measured once, converted and encoded once."""
+
+    original: Model
+    fingerprint: str
+    shaped: Model
+    structure: tuple[Decision, ...]
+    profile: Profile | None
+    data: Dataset
+    calibration: Dataset
+    metric: Metric
+    target: Array | None
+    quality: float
+    outputs: Sequence[Array]
+    options: Options
+    clock: Clock
+    bases: dict[tuple[str, str], Any] = field(default_factory=dict)
+    encoders: dict[str, Encoder] = field(default_factory=dict)
+    activation_steps: tuple[Equalize | QuantizeActivations, ...] = ()
+
+    def activated(self) -> tuple[Model, tuple[Equalize | QuantizeActivations, ...]]:
+        """The network with int8 activations where they are asked for, and the steps that made it so."""
+        recipe = self.options.recipe
+        if recipe is not None:
+            self.activation_steps = tuple(s for s in recipe.steps if isinstance(s, Equalize | QuantizeActivations))
+        elif self.options.activations == "int8" and not self.activation_steps:
+            self.activation_steps = self._calibrate()
+        return restructure(self.shaped, self.activation_steps), self.activation_steps
+
+    def _calibrate(self) -> tuple[Equalize | QuantizeActivations, ...]:
+        size = 32 if self.shaped.dynamic_batch else self.shaped.inputs[0].shape[0]
+        with self.clock.stage("calibrate", "Equalising channels", len(self.calibration)):
+            powers = exponents(self.shaped, self._batches(size))
+        steps = (Equalize(powers),) if powers else ()
+        with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
+            ranges = calibrate(restructure(self.shaped, steps), self._batches(size))
+        return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
+
+    def samples(self) -> list[torch.Tensor]:
+        """Calibration samples for what is measured in one call, one tensor an input."""
+        count = SAMPLES if self.shaped.dynamic_batch else self.shaped.inputs[0].shape[0]
+        return [torch.from_numpy(np.array(array[:count])) for array in self.calibration.inputs]
+
+    def _batches(self, size: int) -> Any:
+        for arrays, _ in self.calibration.batches(size):
+            if self.shaped.dynamic_batch or len(arrays[0]) == size:
+                yield tuple(torch.from_numpy(np.array(array)) for array in arrays)
+            self.clock.progress.advance(len(arrays[0]))
+
+
+class Workbench:
+    """Everything around the search of one artefact."""
+
+    def __init__(self, job: Job, shared: Shared, work: Path) -> None:
+        self.job, self.shared, self.options, self.clock = job, shared, shared.options, shared.clock
+        self.writer: Exporter = exporter(job.format)
+        self.model, self.activation_steps = shared.activated()
+        self._means: dict[str, torch.Tensor] | None = None
+        self.bias_steps: tuple[CorrectBiases, ...] = ()
+        self.integer = any(isinstance(step, QuantizeActivations) for step in self.activation_steps)
+        self.folder = work / job.device.id / job.format
+        self.base = self._converted()
+        self.dtype: str = getattr(self.base, "compute", "float32")
+        self.layers = self.model.layers()
+        self.integers = set(integer_layers(self.model))
+        self.encoder = shared.encoders.setdefault("int8" if self.integer else "float", self._encoder())
+        self.skipped: list[Note] = []
+        self.schemes = self._schemes()
+        self.search = self._search()
+
+    def _encoder(self) -> Encoder:
+        """Computes codes, or takes them from the proof beside the recipe that is replayed."""
+        proof = self.options.proof
+        return Encoder(self.model, None if proof is None else proof.qtensors)
+
+    def _converted(self) -> Any:
+        key = (self.job.format, "int8" if self.integer else "float")
+        if key not in self.shared.bases:
+            with self.clock.stage("converters", f"Converting to {self.job.format}"):
+                self.shared.bases[key] = self.writer.convert(self.model)
+        return self.shared.bases[key]
+
+    def _schemes(self) -> dict[str, list[Scheme]]:
+        """What may be chosen for each weight; weights without any choice are skipped with the reason."""
+        codable = getattr(self.base, "names", None)
+        found: dict[str, list[Scheme]] = {}
+        for layer in self.layers:
+            if codable is not None and layer.name not in codable:
+                self.skipped.append(Note(layer.name, f"the converter to {self.job.format} transformed this weight"))
+                continue
+            schemes = (
+                self._offered(layer) if self.options.recipe is None else self._replayed(layer, self.options.recipe)
+            )
+            if schemes:
+                found[layer.name] = schemes
+        return found
+
+    def _offered(self, layer: Layer) -> list[Scheme]:
+        """Encodings that the device runs, the exporter accepts and the user asked for."""
+        nodes = self.model.nodes()
+        kinds = [operation(nodes[name], self.model.tensors) for name in layer.nodes]
+        offered = offers(self.job.device, self.job.format)
+        if self.options.sparsity is not None:
+            offered += sparse_offers(self.job.device, self.job.format)
+        good, refused = choices(layer, kinds, offered, self.writer, layer.name in self.integers)
+        if not good and layer.name in self.integers:
+            why = next(iter(refused.values()), "")
+            self.skipped.append(Note(layer.name, f"computes in floats: {why}"))
+            good, refused = choices(layer, kinds, offered, self.writer, False)
+        wanted = [scheme for scheme in good if self._asked(scheme)]
+        if wanted:
+            return _worth_pricing(wanted) or wanted
+        if not good:
+            why = next(iter(refused.values()), f"{self.job.device.id} runs no weight encoding in {self.job.format}")
+            self.skipped.append(Note(layer.name, f"left in floats: {why}"))
+            return []
+        why = next((r for text, r in refused.items() if self._asked(Scheme.parse(text))), "not offered by the device")
+        instead = min(good, key=lambda scheme: (scheme.bits != 8, scheme.granularity != "channel", -scheme.bits))
+        self.skipped.append(Note(layer.name, f"{self._asked_text()}: {why}; stored as {instead}"))
+        return [instead]
+
+    def _replayed(self, layer: Layer, recipe: Recipe) -> list[Scheme]:
+        """The recipe's encoding, which the exporter must accept; what the device prefers is not asked again."""
+        for step in recipe.of(Encode):
+            if step.tensor == layer.name:
+                scheme = Scheme.parse(step.scheme)
+                reason = scheme.unfit(layer.shape, layer.axis)
+                reason = reason or self.writer.accepts(scheme, layer, layer.name in self.integers)
+                if reason is not None:
+                    raise UsageError(
+                        f"the recipe stores {layer.name} as {scheme}, and {self.job.format} cannot: {reason}"
+                    )
+                return [scheme]
+        self.skipped.append(Note(layer.name, "the recipe leaves it in floats"))
+        return []
+
+    def _asked_text(self) -> str:
+        if self.options.weights is not None:
+            return self.options.weights
+        goals = self.options.max_size is not None or self.options.max_drop is not None
+        return "" if goals else "int8"
+
+    def _asked(self, scheme: Scheme) -> bool:
+        """`int8` stands for every encoding that begins so; nothing asked for leaves the choice to the planner."""
+        wanted = self._asked_text()
+        text = str(scheme)
+        return text == wanted or wanted in ("", "auto") or text.startswith(f"{wanted}-")
+
+    def _search(self) -> Search:
+        sensitivity = self.shared.profile.sensitivity if self.shared.profile else {}
+        goal = self.options.max_drop
+        worse = None
+        if goal is not None:
+            worse = lambda quality: not goal.holds(quality, self.shared.quality, self.shared.metric)  # noqa: E731
+        tools = Tools(
+            encode=lambda layer, scheme: self.encoder(layer, scheme, self.dtype),
+            assemble=self.assemble,
+            write=self.write,
+            quality=self.model_quality,
+            count=self.file_quality,
+            worse=worse,
+        )
+        chosen = [layer for layer in self.layers if layer.name in self.schemes]
+        weights = {layer.name: self.model.tensors[layer.name].detach().numpy() for layer in chosen}
+        with self.clock.stage("encode", "Pricing encodings", len(chosen)):
+            return Search(chosen, self.schemes, sensitivity, weights, tools)
+
+    def assemble(self, plan: Plan) -> Compressed:
+        """The compressed network of a plan, its biases corrected where its codes are coarse."""
+        coded = encode_weights(self.model, self.encodes(plan), self._encode)
+        self.bias_steps = self._corrections(coded)
+        model = restructure(self.model, self.bias_steps)
+        return Compressed(model, {**coded, **encode_biases(model, coded)})
+
+    def _corrections(self, coded: dict[str, QTensor]) -> tuple[CorrectBiases, ...]:
+        recipe = self.options.recipe
+        if recipe is not None:
+            return recipe.of(CorrectBiases)
+        if not self.integer and all(tensor.bits >= 8 for tensor in coded.values()):
+            return ()  # 8-bit weights alone move no mean that float rounding would not
+        samples = self.shared.samples()
+        if self._means is None:
+            equalized = [step for step in self.activation_steps if isinstance(step, Equalize)]
+            self._means = channel_means(restructure(self.shared.shaped, equalized), samples)
+        shifts = corrections(self._means, Compressed(self.model, coded).decoded, samples)
+        return (CorrectBiases({name: tuple(map(float, shift)) for name, shift in shifts.items()}),)
+
+    def _encode(self, layer: Layer, scheme: Scheme, dtype: str) -> QTensor:
+        return self.encoder(layer, scheme, dtype)
+
+    def encodes(self, plan: Plan) -> list[Encode]:
+        axes = {layer.name: layer.axis for layer in self.layers}
+        return [Encode(name, str(scheme), self.dtype, axes[name]) for name, scheme in (c.key for c in plan)]
+
+    def write(self, small: Compressed) -> tuple[Path, int]:
+        path = self.folder / self.writer.FILE
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        with self.clock.stage("write", f"Writing {self.job.format}"):
+            self.writer.write(self.base, small, path)
+        return path, artifact_bytes(path)
+
+    def model_quality(self, small: Compressed) -> float:
+        data = self.shared.data
+        with self.clock.stage("evaluate", "Counting a plan", len(data)):
+            outputs = predict_model(small.decoded, data.inputs, self.clock.progress.advance)
+        return self.shared.metric(outputs[0], self.shared.target)
+
+    def file_quality(self, path: Path) -> float:
+        self.outputs = self.run_file(path)
+        return self.shared.metric(self.outputs[0], self.shared.target)
+
+    def run_file(self, path: Path) -> list[Array]:
+        data = self.shared.data
+        what = f"Counting {self.job.device.id} {self.job.format}"
+        with self.clock.stage("run", what, len(data)):
+            return predict(open_session(self.job.format, path), data.inputs, self.clock.progress.advance)
+
+    def recipe(self, plan: Plan) -> Recipe:
+        steps = (*self.shared.structure, *self.activation_steps, *self.bias_steps, *self.encodes(plan))
+        return Recipe(
+            self.shared.fingerprint, self.job.format, self.job.device.id, self.options.seed, steps, __version__
+        )
+
+
+def _worth_pricing(schemes: list[Scheme]) -> list[Scheme]:
+    """What the planner looks at: without the palettes that take seconds a layer to compute and win nothing.
+
+    Where int8 is on offer an 8-bit palette takes as many bytes for hardly less error, and a 6-bit palette a group of
+    channels gains less than its tables cost.
+    """
+    if not any(scheme.kind == "affine" and scheme.bits == 8 for scheme in schemes):
+        return schemes
+    return [s for s in schemes if s.kind != "palette" or s.bits < 6 or (s.bits == 6 and s.granularity == "tensor")]
