@@ -8,7 +8,7 @@ the compressed network, and in the end the artefact itself).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ class Tools:
 
     Args:
         encode: weight and scheme -> compressed tensor.
-        assemble: compressed tensors by name -> compressed network.
+        assemble: plan, and whether its biases are to be corrected -> compressed network.
         write: compressed network -> file and its bytes.
         quality: of a compressed network on the evaluation data, in torch.
         count: quality of a written file.
@@ -41,7 +41,7 @@ class Tools:
     """
 
     encode: Callable[[Layer, Scheme], QTensor]
-    assemble: Callable[[Plan], Compressed]
+    assemble: Callable[[Plan, bool], Compressed]
     write: Callable[[Compressed], tuple[Path, int]]
     quality: Callable[[Compressed], float]
     count: Callable[[Path], float]
@@ -108,10 +108,28 @@ class Search:
         return plan.smallest(self.choices) + self.overhead, plan.largest(self.choices) + self.overhead
 
     def measure_overhead(self) -> None:
-        """Writes the smallest plan to learn what the file takes beside its weights."""
-        smallest = self.smallest()
-        _, nbytes = self.tools.write(self.tools.assemble(smallest))
-        self.overhead = nbytes - payload(smallest)
+        """Writes files to learn what they take beside the weights: at all, and for each encoding of a weight.
+
+        An encoding brings operations of its own (a reshape behind groups, a table's shape), and small networks notice.
+        """
+        base = self.smallest()
+        self.overhead = self._size(base) - payload(base)
+        extra: dict[Scheme, float] = {}
+        for scheme in dict.fromkeys(choice.key[1] for layer in self.choices for choice in layer):
+            plan_of = [
+                next((c for c in layer if c.key[1] == scheme), b) for layer, b in zip(self.choices, base, strict=True)
+            ]
+            changed = sum(c is not b for c, b in zip(plan_of, base, strict=True))
+            beside = self._size(plan_of) - payload(plan_of) - self.overhead if changed else 0
+            extra[scheme] = beside / max(changed, 1)
+        kept = {id(choice) for choice in base}
+        self.choices = [
+            [c if id(c) in kept else replace(c, nbytes=max(c.nbytes + round(extra[c.key[1]]), 1)) for c in layer]
+            for layer in self.choices
+        ]
+
+    def _size(self, found: Plan) -> int:
+        return self.tools.write(self.tools.assemble(found, False))[1]
 
     def smallest(self) -> Plan:
         return [min(layer, key=lambda c: (c.nbytes, c.loss)) for layer in self.choices]
@@ -141,7 +159,7 @@ class Search:
             found = self.within(max_size)
             if found is None:
                 break
-            compressed = self.tools.assemble(found)
+            compressed = self.tools.assemble(found, True)
             path, nbytes = self.tools.write(compressed)
             if nbytes <= max_size:
                 return self._counted(found, compressed, path, nbytes)
@@ -169,7 +187,7 @@ class Search:
 
     def _is_good(self, found: Plan) -> bool:
         assert self.tools.worse is not None
-        quality = self.tools.quality(self.tools.assemble(found))
+        quality = self.tools.quality(self.tools.assemble(found, True))
         missed = self.tools.worse(quality)
         kind = "rejected" if missed else "tried"
         self.points.append(Point(payload(found) + self.overhead, loss(found), quality, kind))
@@ -192,7 +210,7 @@ class Search:
         return self._finish(top.plan)
 
     def _finish(self, found: Plan) -> Outcome:
-        compressed = self.tools.assemble(found)
+        compressed = self.tools.assemble(found, True)
         path, nbytes = self.tools.write(compressed)
         return self._counted(found, compressed, path, nbytes)
 
@@ -202,7 +220,8 @@ class Search:
             p if p.kind != "chosen" else Point(p.nbytes, p.predicted, p.quality, "tried") for p in self.points
         ]
         self.points.append(Point(nbytes, loss(found), quality, "chosen"))
-        return Outcome(found, compressed, path, nbytes, quality, self.points, self.reachable())
+        low, high = self.reachable()
+        return Outcome(found, compressed, path, nbytes, quality, self.points, (min(low, nbytes), max(high, nbytes)))
 
 
 def payload(found: Plan) -> int:

@@ -213,10 +213,15 @@ class Workbench:
         with self.clock.stage("encode", "Pricing encodings", len(chosen)):
             return Search(chosen, self.schemes, sensitivity, weights, tools)
 
-    def assemble(self, plan: Plan) -> Compressed:
-        """The compressed network of a plan, its biases corrected where its codes are coarse."""
+    def assemble(self, plan: Plan, correct: bool = True) -> Compressed:
+        """The compressed network of a plan, its biases corrected where its codes are coarse.
+
+        Args:
+            plan: one choice a layer.
+            correct: False where only the size of the file is wanted.
+        """
         coded = encode_weights(self.model, self.encodes(plan), self._encode)
-        self.bias_steps = self._corrections(coded)
+        self.bias_steps = self._corrections(coded) if correct else ()
         model = restructure(self.model, self.bias_steps)
         return Compressed(model, {**coded, **encode_biases(model, coded)})
 
