@@ -8,6 +8,8 @@ import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor, fx
+
 from octoc.errors import UsageError
 from octoc.graph import bias_of, fold_batch_norm
 from octoc.model import Layer, Model
@@ -18,6 +20,7 @@ from octoc.quantize.activations import (
     Range,
     encode_bias,
     integer_layers,
+    make_room,
     rewrite,
     separate_biases,
 )
@@ -27,19 +30,30 @@ from octoc.recipe import CorrectBiases, Decision, Encode, Equalize, Factorize, F
 def fingerprint(model: Model) -> str:
     """sha256 of the graph and its tensors, the same in every process."""
     digest = hashlib.sha256()
-    for node in model.graph.nodes:
+    _add_graph(digest, model.graph, model.tensors)
+    for name in sorted(model.subgraphs):
+        for inner, module in model.subgraphs[name].named_modules():
+            if isinstance(module, fx.GraphModule):
+                digest.update(f"{name} {inner}\n".encode())
+                _add_graph(digest, module.graph, module.state_dict())
+    return digest.hexdigest()
+
+
+def _add_graph(digest: Any, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
+    for node in graph.nodes:
         digest.update(f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}\n".encode())
-    for name in sorted(model.tensors):
-        tensor = model.tensors[name].detach().contiguous()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def restructure(model: Model, steps: Iterable[Decision]) -> Model:
     """Applies the steps that change the graph or its floats, in their order; encodings are left to `encode_weights`."""
     for step in steps:
         match step:
+            case Equalize() | QuantizeActivations() | CorrectBiases() if step.method != type(step).method:
+                raise UsageError(f"there is no method {step.method!r} in octoc/quantize/ for the step {step.step}")
             case Prune() | Factorize():
                 folder = "prune" if isinstance(step, Prune) else "lowrank"
                 amount = step.sparsity if isinstance(step, Prune) else step.rank
@@ -136,19 +150,23 @@ def encode_weights(
 
 
 def encode_biases(model: Model, coded: Mapping[str, QTensor]) -> dict[str, QTensor]:
-    """32-bit biases, by name, of the layers that run in integers with these weights."""
-    biases: dict[str, QTensor] = {}
+    """32-bit biases, by name, of the layers that run in integers, and those of their weights that had to change."""
+    found: dict[str, QTensor] = {}
     for name, uses in integer_layers(model).items():
         weight = coded.get(name)
         if not runs_in_integers(weight):
             continue
         assert isinstance(weight, Affine)
-        for node, found in uses:
-            source = bias_of(node)
-            if source is not None:
-                values = model.tensors[str(source.target)].detach().numpy()
-                biases[str(source.target)] = encode_bias(values, weight, found.scale)
-    return biases
+        biases = {
+            str(source.target): (model.tensors[str(source.target)].detach().numpy(), taken.scale)
+            for node, taken in uses
+            if (source := bias_of(node)) is not None
+        }
+        roomy = make_room(weight, biases.values())
+        if roomy is not weight:
+            found[name] = roomy
+        found |= {bias: encode_bias(values, roomy, scale) for bias, (values, scale) in biases.items()}
+    return found
 
 
 def runs_in_integers(weight: QTensor | None) -> bool:

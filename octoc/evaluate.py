@@ -84,6 +84,27 @@ def predict(session: Session, inputs: Sequence[Any], step: Callable[[int], Any] 
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
+def model_calls(model: Model, inputs: Sequence[Any], samples: int) -> list[tuple[torch.Tensor, ...]]:
+    """Arguments for the network: one call with all samples where its batch is free, several of its own batch elsewhere.
+
+    Args:
+        model: the network.
+        inputs: [n, ...] each, arrays or what a slice turns into one.
+        samples: how many to use at most.
+    """
+    chosen = [np.asarray(array[:samples]) for array in inputs]
+    if model.dynamic_batch:
+        return [tuple(torch.from_numpy(np.array(array)) for array in chosen)]
+    batch = next((spec.shape[0] for spec in model.inputs if spec.shape), 1)
+    stacked = calls(chosen, batch)
+    return [
+        tuple(
+            torch.from_numpy(np.array(s[i])).reshape(spec.shape) for s, spec in zip(stacked, model.inputs, strict=True)
+        )
+        for i in range(len(stacked[0]))
+    ]
+
+
 def predict_model(model: Model, inputs: Sequence[Any], step: Callable[[int], Any] = lambda n: None) -> list[Array]:
     """Outputs of a network in torch; arguments as in `predict`."""
     batch = 1

@@ -306,3 +306,28 @@ def evaluate(
             if done is not node:
                 values.pop(done, None)
     return ()
+
+
+def evaluate_together(
+    model: Model, calls: Sequence[Sequence[Tensor]], observe: Callable[[fx.Node, list[Any]], None]
+) -> None:
+    """Evaluates several calls side by side, operation after operation.
+
+    Args:
+        model: the graph and its tensors.
+        calls: inputs of each call.
+        observe: called with each operation's node and its value in every call; what it changes in place, later
+            operations see.
+    """
+    dropped = last_uses(model.graph)
+    states: list[dict[fx.Node, Any]] = [dict(zip(model.placeholders, call, strict=True)) for call in calls]
+    for node in model.graph.nodes:
+        if node.op == "output":
+            return
+        for values in states:
+            evaluate(model, values, only=[node], keep=True)
+        if node.op == "call_function":
+            observe(node, [values[node] for values in states])
+        for values in states:
+            for done in dropped.get(node, ()):
+                values.pop(done, None)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from octoc.artifact import build, plan_only
 from octoc.data import Dataset, load_data, split_calibration
 from octoc.device import Device, find_device, load_devices
 from octoc.errors import HostError, UsageError
-from octoc.evaluate import predict_model
+from octoc.evaluate import model_calls, predict_model
 from octoc.export import formats as known_formats
 from octoc.load import load_model
 from octoc.metrics import default_metric, get_metric, parse_drop
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROFILE_SAMPLES = 64
+FEW_SAMPLES = 16  # where the network fixes its batch, and each call measures all layers anew
 ALL = "all"  # the format that stands for every format of a device
 
 
@@ -253,12 +255,11 @@ def _structure(network: Model, options: Options) -> tuple[Decision, ...]:
 
 
 def _measure(shaped: Model, calibrated: Dataset, classes: bool, seed: int, clock: Clock) -> Profile:
-    import torch
-
-    count = PROFILE_SAMPLES if shaped.dynamic_batch else shaped.inputs[0].shape[0]
-    samples = [torch.from_numpy(np.array(array[:count])) for array in calibrated.inputs]
-    with clock.stage("profile", "Measuring every layer's sensitivity", len(shaped.layers())):
-        return measure(shaped, samples, classes, seed, clock.progress.advance)
+    samples = model_calls(shaped, calibrated.inputs, PROFILE_SAMPLES if shaped.dynamic_batch else FEW_SAMPLES)
+    with clock.stage("profile", "Measuring every layer's sensitivity", len(shaped.layers()) * len(samples)):
+        found = [measure(shaped, call, classes, seed, clock.progress.advance) for call in samples]
+    mean = {name: sum(p.sensitivity[name] for p in found) / len(found) for name in found[0].sensitivity}
+    return replace(found[0], sensitivity=mean, samples=sum(p.samples for p in found))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from octoc.compressed import Compressed
 from octoc.data import Dataset
 from octoc.device import Device
 from octoc.errors import UsageError
-from octoc.evaluate import open_session, predict, predict_model
+from octoc.evaluate import model_calls, open_session, predict, predict_model
 from octoc.export import Exporter, exporter
 from octoc.metrics import Metric
 from octoc.model import Layer, Model, operation
@@ -84,10 +84,9 @@ class Shared:
             ranges = calibrate(restructure(self.shaped, steps), self._batches(size))
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
 
-    def samples(self) -> list[torch.Tensor]:
-        """Calibration samples for what is measured in one call, one tensor an input."""
-        count = SAMPLES if self.shaped.dynamic_batch else self.shaped.inputs[0].shape[0]
-        return [torch.from_numpy(np.array(array[:count])) for array in self.calibration.inputs]
+    def samples(self) -> list[tuple[torch.Tensor, ...]]:
+        """Calibration samples for what is measured in a few calls, as the network takes them."""
+        return model_calls(self.shaped, self.calibration.inputs, SAMPLES)
 
     def _batches(self, size: int) -> Any:
         for arrays, _ in self.calibration.batches(size):

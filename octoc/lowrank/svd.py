@@ -155,12 +155,15 @@ def rewrite(model: Model, layer: Layer, rank: int) -> Model:
     tensor = model.tensors[layer.name]
     factors = factorize(tensor.detach().double().numpy(), rank)
     tensors = dict(result.tensors)
-    names = []
+    place = next(node for node in result.graph.nodes if _reads(node, layer.name))
+    weights = []  # one node each, whatever the number of uses: who edits the graph next sees that they are shared
     for factor, end in ((factors.first, "_a"), (factors.second, "_b")):
-        names.append(fresh_name(layer.name + end, tensors))
-        tensors[names[-1]] = torch.from_numpy(factor).to(tensor.dtype).contiguous()
+        name = fresh_name(layer.name + end, tensors)
+        tensors[name] = torch.from_numpy(factor).to(tensor.dtype).contiguous()
+        with result.graph.inserting_after(place):
+            weights.append(result.graph.get_attr(name))
     for node in uses:
-        _replace(result.graph, node, names, len(layer.shape))
+        _replace(result.graph, node, weights, len(layer.shape))
     return sweep(replace(result, tensors=tensors))
 
 
@@ -194,18 +197,18 @@ def _refusal(node: fx.Node, name: str) -> str | None:
     return None
 
 
-def _replace(graph: fx.Graph, node: fx.Node, names: Sequence[str], weight_rank: int) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, weights: Sequence[fx.Node], weight_rank: int) -> None:
     """Two operations in place of one; stride, padding and dilation stay with the first."""
     args: list[Any] = list(node.args)
     bias = bias_of(node)
     second = aten.linear.default if weight_rank == 2 else _POINTWISE[weight_rank]
     with graph.inserting_before(node):
-        args[1] = graph.get_attr(names[0])
+        args[1] = weights[0]
         if len(args) > 2:
             args[2] = None
         kwargs = {key: value for key, value in node.kwargs.items() if key != "bias"}
         inner = graph.call_function(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
-        outer_args = (inner, graph.get_attr(names[1]), *([bias] if bias is not None else []))
+        outer_args = (inner, weights[1], *([bias] if bias is not None else []))
         outer = graph.call_function(second, outer_args)
     inner.meta, outer.meta = dict(node.meta), dict(node.meta)
     node.replace_all_uses_with(outer)

@@ -25,11 +25,13 @@ from torch import Tensor, fx
 
 from octoc.graph import bias_of, fresh_name, set_bias
 from octoc.model import KINDS, Model, argument, aten
-from octoc.qtensor import Affine
+from octoc.qtensor import Affine, expand
 from octoc.stats import Histogram
 
 KIND = "rewrite"
 LOW, HIGH = -128, 127
+_LEAST_SPAN = 1e-30  # values within less are zero; the scale of a clipped range stays a normal float32
+_LEAST_BIAS = 1e-28  # counts for smaller ones and for zero: 2**-30 of it is still a normal float32
 
 # Operations with integer kernels in LiteRT and onnxruntime: they read int8 and write int8.
 _COMPUTE = {
@@ -101,28 +103,35 @@ def quantization_points(model: Model) -> dict[str, str]:
         name of the node whose value is quantized -> name of the node whose range it takes (itself, or for a node that
         only moves values the one they come from).
     """
-    inputs = zip(model.placeholders, model.inputs, strict=True)
-    floats = {node for node, spec in inputs if spec.dtype.is_floating_point}
+    floats = _floats(model)
     points: dict[str, str] = {}
     for node in model.graph.nodes:
-        if node.op == "placeholder" and node in floats and any(_reads_int8(user) for user in node.users):
+        if node.op == "placeholder" and node.name in floats and any(_reads_int8(user) for user in node.users):
             points[node.name] = node.name
         elif computes(node):
-            end = _after_fused(node)
-            points[end.name] = end.name
-            for source in node.all_input_nodes:
-                if source.op == "call_function" and _is_real(source):
-                    points.setdefault(source.name, source.name)
-        elif node.op == "call_function" and moves(node):
+            for value in (_after_fused(node), *node.all_input_nodes):
+                if value.op == "call_function" and value.name in floats and _after_fused(value) is value:
+                    points[value.name] = value.name
+    # Not before all other points are known: the reader that makes a value int8 may come after one that moves it.
+    for node in model.graph.nodes:
+        if node.op == "call_function" and moves(node):
             source = node.args[0]
             if isinstance(source, fx.Node) and source.name in points:
                 points[node.name] = points[source.name]
     return points
 
 
-def _is_real(node: fx.Node) -> bool:
-    """Not a size, a tuple or a value that a fused activation still changes."""
-    return "sym_size" not in str(node.target) and _after_fused(node) is node
+def _floats(model: Model) -> set[str]:
+    """Names of the values that are tensors of floats, and neither token or class numbers nor sizes."""
+    inputs = zip(model.placeholders, model.inputs, strict=True)
+    found = {node.name for node, spec in inputs if spec.dtype.is_floating_point}
+
+    def note(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found.add(node.name)
+
+    model.run(*model.examples(1), observe=note)
+    return found
 
 
 def _reads_int8(node: fx.Node) -> bool:
@@ -180,7 +189,7 @@ def choose_range(histogram: Histogram, slope: float = 1.0, steps: int = 100) -> 
         steps: clipping ratios tried on each side.
     """
     low, high = min(histogram.lowest, 0.0), max(histogram.highest, 0.0)
-    if not np.isfinite(low) or not np.isfinite(high) or high == low:
+    if not np.isfinite(low) or not np.isfinite(high) or high - low < _LEAST_SPAN:
         return Range(1.0, 0)
     centres, counts = histogram.centres, histogram.counts
     used = counts > 0
@@ -271,6 +280,28 @@ def separate_biases(model: Model) -> Model:
     return replace(result, tensors=tensors)
 
 
+def make_room(weight: Affine, biases: Iterable[tuple[np.ndarray[Any, Any], float]]) -> Affine:
+    """The weight with scales so large that the biases of its operations fit 32 bits; see `encode_bias`.
+
+    The scale of a channel with hardly any weight is so small that its bias would end far below its value. On a scale of
+    which the bias takes 2**30 the rounding of the weights is nothing beside the bias.
+
+    Args:
+        weight: symmetric int8, one scale a tensor or a channel.
+        biases: float32 [out] and the scale of the int8 input, for each operation that has a bias.
+    """
+    scale = weight.scale.astype(np.float64)
+    needed = np.zeros(scale.size)
+    for bias, input_scale in biases:
+        size = np.maximum(np.abs(bias.astype(np.float64)), _LEAST_BIAS).reshape(-1, scale.size)  # [groups, scales]
+        needed = np.maximum(needed, size.max(axis=0) / (input_scale * 2.0**30))
+    grown = np.maximum(weight.scale, needed.reshape(scale.shape).astype(weight.scale.dtype))
+    if (grown == weight.scale).all():
+        return weight
+    codes = np.round(weight.codes * expand(scale / grown, weight.shape)).astype(weight.codes.dtype)
+    return replace(weight, codes=codes, scale=grown)
+
+
 def encode_bias(bias: np.ndarray[Any, Any], weight: Affine, input_scale: float) -> Affine:
     """A bias as 32-bit integers on the grid of the accumulator.
 
@@ -282,9 +313,8 @@ def encode_bias(bias: np.ndarray[Any, Any], weight: Affine, input_scale: float) 
     Returns:
         codes int32 [out], scale float32 [out] = input_scale * weight scale.
     """
-    scales = (
-        np.broadcast_to(weight.scale.reshape(-1), bias.shape) if weight.scale.size == 1 else weight.scale.reshape(-1)
-    )
+    # A transposed convolution with groups has the same scales in each of them.
+    scales = np.tile(weight.scale.reshape(-1), bias.size // weight.scale.size)
     scale = (np.float32(input_scale) * scales.astype(np.float32)).astype(np.float32)
     limit = 2**31 - 1
     codes = np.clip(np.round(bias.astype(np.float64) / scale.astype(np.float64)), -limit, limit)

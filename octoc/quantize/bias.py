@@ -18,50 +18,53 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from octoc.graph import bias_of
-from octoc.model import KINDS, Model, aten
+from octoc.model import KINDS, Model, aten, evaluate_together
 
 KIND = "tune"
 
 
-def channel_means(reference: Model, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+def channel_means(reference: Model, calls: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
     """Mean of each channel of each layer's output, by the name of the layer's operation.
 
     Args:
         reference: the network in floats.
-        samples: one tensor an input, a batch that the network takes in one call.
+        calls: inputs of each call, one tensor an input.
     """
     means: dict[str, Tensor] = {}
 
-    def remember(node: fx.Node, value: Any) -> None:
+    def remember(node: fx.Node, values: list[Any]) -> None:
         if node.target in KINDS and bias_of(node) is not None:
-            means[node.name] = _mean(node, value)
+            means[node.name] = _mean(node, values)
 
-    reference.run(*samples, observe=remember)
+    evaluate_together(reference, calls, remember)
     return means
 
 
-def corrections(means: Mapping[str, Tensor], small: Model, samples: Sequence[Tensor]) -> dict[str, NDArray[np.float32]]:
+def corrections(
+    means: Mapping[str, Tensor], small: Model, calls: Sequence[Sequence[Tensor]]
+) -> dict[str, NDArray[np.float32]]:
     """What to add to each bias.
 
     Args:
-        means: of the float network's layers, on the same samples.
+        means: of the float network's layers, on the same calls.
         small: the compressed network with decoded weights; its layers have the reference's names.
-        samples: one tensor an input, a batch that the network takes in one call.
+        calls: inputs of each call, one tensor an input.
 
     Returns:
         name of a bias in `small` -> [channels].
     """
     found: dict[str, NDArray[np.float32]] = {}
 
-    def correct(node: fx.Node, value: Any) -> None:
+    def correct(node: fx.Node, values: list[Any]) -> None:
         bias = bias_of(node) if node.name in means and node.target in KINDS else None
         if bias is None or len(bias.users) > 1:
             return
-        shift = (means[node.name] - _mean(node, value)).float()
+        shift = (means[node.name] - _mean(node, values)).float()
         found[str(bias.target)] = shift.numpy()
-        value.add_(shift.reshape([-1 if i == _channel(node, value) else 1 for i in range(value.dim())]))
+        for value in values:
+            value.add_(shift.reshape([-1 if i == _channel(node, value) else 1 for i in range(value.dim())]))
 
-    small.run(*samples, observe=correct)
+    evaluate_together(small, calls, correct)
     return found
 
 
@@ -69,8 +72,14 @@ def _channel(node: fx.Node, value: Tensor) -> int:
     return value.dim() - 1 if node.target is aten.linear.default else 1
 
 
-def _mean(node: fx.Node, value: Tensor) -> Tensor:
-    return value.mean([i for i in range(value.dim()) if i != _channel(node, value)], dtype=torch.float64)
+def _mean(node: fx.Node, values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([_mean_of(node, value) for value in values]).mean(0)
+
+
+def _mean_of(node: fx.Node, value: Tensor) -> Tensor:
+    others = [i for i in range(value.dim()) if i != _channel(node, value)]
+    # without any axis torch would average over all of them
+    return value.mean(others, dtype=torch.float64) if others else value.double()
 
 
 def rewrite(model: Model, shifts: Mapping[str, Sequence[float]]) -> Model:
