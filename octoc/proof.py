@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +108,13 @@ def prove(small: Compressed, samples: Sequence[Array], fmt: str, tolerance: floa
 
 
 def summary(value: Array) -> list[float]:
-    """Size, sum, sum of squares and largest magnitude: what stays when a tensor is laid out in another order."""
+    """Size, sum, sum of squares and largest magnitude: what stays when a tensor is laid out in another order.
+
+    The last three are of the finite values: an attention mask's minus infinity would hide all others.
+    """
     flat = value.astype(np.float64).ravel()
-    return [float(flat.size), float(flat.sum()), float(flat @ flat), float(np.abs(flat).max(initial=0))]
+    finite = flat[np.isfinite(flat)]
+    return [float(flat.size), float(finite.sum()), float(finite @ finite), float(np.abs(finite).max(initial=0))]
 
 
 def write_proof(proof: Proof, path: Path) -> None:
@@ -149,20 +154,25 @@ def read_proof(path: Path) -> Proof:
             )
             for name, entry in facts["tensors"].items()
         }
+        tolerance = float(facts["tolerance"])
+        if not 0 < tolerance < math.inf:
+            raise ValueError(f"a tolerance of {tolerance} tells nothing")
+        if not isinstance(facts["format"], str) or not isinstance(facts["sha256"], str):
+            raise TypeError("its format and sha256 are no texts")
         return Proof(
             qtensors,
             {name: arrays[f"input/{name}"] for name in facts["inputs"]},
             {name: arrays[f"output/{name}"] for name in facts["outputs"]},
             tuple(facts["operations"]),
             arrays["values"],
-            float(facts["tolerance"]),
+            tolerance,
             facts["format"],
             bool(facts["integer"]),
             facts["sha256"],
         )
     except FileNotFoundError as error:
         raise ArtifactError(f"no {path.name} beside the artefact: {path} is missing; verification needs it") from error
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged or no proof of octoc: {error}") from error
 
 

@@ -221,7 +221,9 @@ class Search:
         ]
         self.points.append(Point(nbytes, loss(found), quality, "chosen"))
         low, high = self.reachable()
-        return Outcome(found, compressed, path, nbytes, quality, self.points, (min(low, nbytes), max(high, nbytes)))
+        # What corrected biases take is not in the prediction; of the smallest plan the file is known now.
+        low = nbytes if payload(found) == payload(self.smallest()) else min(low, nbytes)
+        return Outcome(found, compressed, path, nbytes, quality, self.points, (low, max(high, nbytes)))
 
 
 def payload(found: Plan) -> int:

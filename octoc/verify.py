@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from octoc.errors import ArtifactError, VerificationError
+from octoc.errors import ArtifactError, DataError, VerificationError
 from octoc.evaluate import Session, open_session
 from octoc.export import exporter, formats
 from octoc.proof import NAME, Array, Proof, artifact_sha256, read_proof, summary
@@ -49,7 +49,7 @@ def verify(path: Path, proof: Proof) -> list[Check]:
         checks.append(_outputs(session, proof))
         if proof.integer:
             checks.append(_integers(path, proof))
-    except ArtifactError as error:
+    except (ArtifactError, DataError) as error:  # a DataError: the file takes other shapes
         checks.append(Check("outputs", False, str(error)))
     same = artifact_sha256(path) == proof.sha256
     checks.append(
@@ -95,9 +95,10 @@ def _outputs(session: Session, proof: Proof) -> Check:
         actual = found[name]
         if actual.shape != expected.shape:
             return Check("outputs", False, f"{name} has shape {actual.shape[1:]}, the network's {expected.shape[1:]}")
-        if not np.array_equal(np.isfinite(actual), np.isfinite(expected)):
-            return Check("outputs", False, f"{name}: finite where the network is not, or the other way round")
         finite = np.isfinite(expected)
+        alike = np.array_equal(np.isfinite(actual), finite)
+        if not alike or not np.array_equal(actual[~finite], expected[~finite], equal_nan=True):
+            return Check("outputs", False, f"{name}: NaN or infinite where the network is not, or the other way round")
         scale = max(float(np.abs(expected[finite]).max(initial=0)), 1e-6)
         error = float(np.abs(actual[finite].astype(np.float64) - expected[finite]).max(initial=0)) / scale
         worst = max(worst, error)

@@ -126,6 +126,18 @@ def test_calibration_of_another_source_is_used_whole_and_the_same_file_is_split(
     assert (len(calibration), len(evaluation)) == (2, 8)
 
 
+def test_arrays_and_tensors_are_one_batch() -> None:
+    import torch
+
+    for batch in (X, (X, Y), ((X,), Y), [torch.from_numpy(X), torch.from_numpy(Y)], Dataset((X,), Y, "d")):
+        data = load_data(batch, [IMAGE])
+        assert np.array_equal(data.inputs[0][:], X)
+        assert data.labels is None if batch is X else np.array_equal(data.labels, Y)
+    for wrong in (3, None, {"x": X}, [], (X, Y, Y), X[:0], X[:, :2]):
+        with pytest.raises(DataError, match=r"the data|a batch is"):
+            load_data(wrong, [IMAGE])
+
+
 def test_one_sample_is_read_and_cannot_be_split(tmp_path: Path) -> None:
     data = load_data(_npz(tmp_path / "d.npz", x=X[:1]), [IMAGE])
     with pytest.raises(DataError, match=r"has 1 sample\(s\); two disjoint parts need at least 2"):

@@ -5,7 +5,7 @@ import warnings
 import loadable
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octoc.errors import ModelError, UsageError

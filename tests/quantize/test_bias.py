@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from octoc.graph import bias_of, fold_batch_norm
 from octoc.load.module import from_module
 from octoc.model import KINDS, Model
-from octoc.quantize.activations import Range, calibrate, rewrite as quantize
+from octoc.quantize.activations import Range, calibrate
+from octoc.quantize.activations import rewrite as quantize
 from octoc.quantize.bias import channel_means, corrections, rewrite
 
 
@@ -98,6 +99,17 @@ def test_with_int8_activations_every_layer_has_the_float_means_after_correction(
     ranges = calibrate(model, [(x,)], steps=10)
     wide = {name: Range(found.scale * 4, found.zero_point // 4) for name, found in ranges.items()}
     assert_corrected(model, quantize(coarse(model), wide), x, atol=2e-3)
+
+
+def test_the_samples_of_several_calls_count_as_those_of_one(case: tuple[Model, Tensor]) -> None:
+    model, x = case
+    small, means = coarse(model), channel_means(model, [[x]])
+    for name, mean in channel_means(model, [[part] for part in x.split(4)]).items():
+        torch.testing.assert_close(mean, means[name])
+    whole, parts = (corrections(means, small, calls) for calls in ([[x]], [[part] for part in x.split(4)]))
+    assert whole.keys() == parts.keys()
+    for name, shift in whole.items():
+        np.testing.assert_allclose(parts[name], shift, atol=1e-5)
 
 
 def test_a_network_that_is_not_compressed_needs_no_correction(case: tuple[Model, Tensor]) -> None:
