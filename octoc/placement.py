@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from octoc.accelerator import Encoding
+from octoc.accelerator import Accelerator, Encoding
 from octoc.device import Device
 from octoc.export import Exporter
 from octoc.model import KINDS, Layer, Model, argument, operation
@@ -29,8 +29,13 @@ class Offer:
 
 def offers(device: Device, fmt: str) -> tuple[Offer, ...]:
     """Every dense weight encoding that some accelerator of the device runs in this format, without repeats."""
+    return offers_of(device, device.runners(fmt))
+
+
+def offers_of(device: Device, accelerators: Sequence[Accelerator]) -> tuple[Offer, ...]:
+    """Every dense weight encoding that one of these accelerators of the device runs, without repeats."""
     found: dict[Scheme, Offer] = {}
-    for accelerator in device.runners(fmt):
+    for accelerator in accelerators:
         for encoding in device.encodings(accelerator):
             for scheme in _schemes(encoding):
                 known = found.get(scheme)

@@ -42,7 +42,7 @@ def summarize(
         front=(*_thin(hull), *points),
         reachable=reachable,
         skipped=tuple(bench.skipped),
-        fallbacks=fallbacks(bench.shared.shaped, bench.job.device, bench.job.format, dtype),
+        fallbacks=(*bench.remarks(plan), *fallbacks(bench.shared.shaped, bench.job.device, bench.job.format, dtype)),
         notes=tuple(getattr(bench.base, "notes", ())),
         activations="int8" if bench.integer else "float",
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from octoc import __version__
@@ -22,7 +21,7 @@ from octoc.export import Exporter, exporter
 from octoc.metrics import Metric
 from octoc.model import Layer, Model, operation
 from octoc.options import Options
-from octoc.placement import choices, offers, sparse_offers
+from octoc.placement import choices, offers, offers_of, sparse_offers
 from octoc.profile import Profile
 from octoc.progress import Clock
 from octoc.proof import Array, artifact_bytes
@@ -34,6 +33,7 @@ from octoc.recipe import CorrectBiases, Decision, Encode, Equalize, QuantizeActi
 from octoc.report import Note
 from octoc.search import Plan, Search, Tools
 
+CALIBRATION_BATCH = 32
 SAMPLES = 64  # enough for the mean of a channel, few enough to keep every value of one evaluation
 
 
@@ -76,22 +76,21 @@ class Shared:
         return restructure(self.shaped, self.activation_steps), self.activation_steps
 
     def _calibrate(self) -> tuple[Equalize | QuantizeActivations, ...]:
-        size = 32 if self.shaped.dynamic_batch else self.shaped.inputs[0].shape[0]
         with self.clock.stage("calibrate", "Equalising channels", len(self.calibration)):
-            powers = exponents(self.shaped, self._batches(size))
+            powers = exponents(self.shaped, self._batches())
         steps = (Equalize(powers),) if powers else ()
         with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
-            ranges = calibrate(restructure(self.shaped, steps), self._batches(size))
+            ranges = calibrate(restructure(self.shaped, steps), self._batches())
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
 
     def samples(self) -> list[tuple[torch.Tensor, ...]]:
         """Calibration samples for what is measured in a few calls, as the network takes them."""
         return model_calls(self.shaped, self.calibration.inputs, SAMPLES)
 
-    def _batches(self, size: int) -> Any:
-        for arrays, _ in self.calibration.batches(size):
-            if self.shaped.dynamic_batch or len(arrays[0]) == size:
-                yield tuple(torch.from_numpy(np.array(array)) for array in arrays)
+    def _batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """All calibration samples, a few at a time, as the network takes them."""
+        for arrays, _ in self.calibration.batches(CALIBRATION_BATCH):
+            yield from model_calls(self.shaped, arrays, CALIBRATION_BATCH)
             self.clock.progress.advance(len(arrays[0]))
 
 
@@ -192,6 +191,25 @@ class Workbench:
         wanted = self._asked_text()
         text = str(scheme)
         return text == wanted or wanted in ("", "auto") or text.startswith(f"{wanted}-")
+
+    def remarks(self, plan: Plan) -> list[Note]:
+        """What a plan's encodings cost beside bytes: an accelerator that does not run them, zeros that save nothing."""
+        runners = self.job.device.runners(self.job.format)
+        native = {
+            offer.scheme
+            for offer in (*offers_of(self.job.device, runners[:1]), *sparse_offers(self.job.device, self.job.format))
+        }
+        notes = []
+        for name, scheme in (choice.key for choice in plan):
+            if runners and scheme not in native:
+                notes.append(
+                    Note(name, f"{runners[0].name} does not run {scheme}; another processor of the device does")
+                )
+        if self.options.sparsity is not None and not any(choice.key[1].sparse for choice in plan):
+            notes.append(
+                Note("pruning", f"no weight is stored sparse, so that zeros save no bytes in {self.job.format} here")
+            )
+        return notes
 
     def _search(self) -> Search:
         sensitivity = self.shared.profile.sensitivity if self.shared.profile else {}

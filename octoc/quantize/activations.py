@@ -23,6 +23,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx
 
+from octoc.errors import DataError
 from octoc.graph import bias_of, fresh_name, set_bias
 from octoc.model import KINDS, Model, argument, aten
 from octoc.qtensor import Affine, expand
@@ -169,6 +170,11 @@ def calibrate(model: Model, batches: Iterable[tuple[Tensor, ...]], steps: int = 
                 histograms[node.name].update(values.numpy())
         model.run(*batch, observe=note)
     nodes = model.nodes()
+    unseen = [name for name, histogram in histograms.items() if histogram.counts.sum() == 0]
+    if unseen:
+        raise DataError(
+            f"calibration saw no finite value of {unseen[0]} (and {len(unseen) - 1} more); give more samples"
+        )
     chosen = {name: choose_range(h, _slope(nodes[name]), steps) for name, h in histograms.items()}
     return {name: chosen[source] for name, source in points.items()}
 

@@ -51,7 +51,8 @@ def pairs(model: Model) -> list[Pair]:
     """All pairs of the network, in the order of their first layer; weights with other uses are left out."""
     found = []
     for node in model.graph.nodes:
-        if not _is_layer(node):
+        bias = bias_of(node) if _is_layer(node) else None
+        if not _is_layer(node) or (bias is not None and len(bias.users) > 1):
             continue
         end = node
         while len(end.users) == 1 and next(iter(end.users)).target in _HOMOGENEOUS:
@@ -119,6 +120,8 @@ def rewrite(model: Model, powers: Mapping[str, tuple[int, ...]]) -> Model:
             tensors[str(bias.target)] = tensors[str(bias.target)] / factor
         name = _name(nodes[pair.second])
         weight = tensors[name]
+        if pair.depthwise:  # some outputs for each input channel
+            factor = factor.repeat_interleave(weight.shape[0] // pair.channels)
         shape = (-1, *[1] * (weight.dim() - 1)) if pair.depthwise else (1, -1, *[1] * (weight.dim() - 2))
         tensors[name] = weight * factor.reshape(shape)
     return replace(model, tensors=tensors)
