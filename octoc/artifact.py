@@ -37,7 +37,7 @@ def build(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
         outcome = search.run(options.max_size)
     with shared.clock.stage("verify", f"Verifying {job.device.id} {job.format}"):
         checks = _verify(bench, outcome)
-    (bench.folder / "recipe.json").write_text(bench.recipe(outcome.plan).to_json())
+    (bench.folder / "recipe.json").write_text(bench.recipe(outcome.plan, outcome.small).to_json())
     held = all(check.held for check in checks)
     target = out / job.device.id / (job.format if held else f"{job.format}.unverified")
     publish(bench.folder, target)

@@ -1,4 +1,4 @@
-"""`Compressed`: the transformed network, its compressed weights, and what was skipped and why."""
+"""`Compressed`: the transformed network and its compressed weights."""
 
 from __future__ import annotations
 
@@ -13,19 +13,6 @@ from octoc.qtensor import QTensor
 
 
 @dataclass(frozen=True)
-class Skip:
-    """One thing that was not done, with its reason. Nothing is skipped silently.
-
-    Args:
-        what: the weight, operation or step.
-        reason: one line.
-    """
-
-    what: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Compressed:
     """What an exporter writes.
 
@@ -34,12 +21,12 @@ class Compressed:
             `dequantize_per_tensor` around integer operations); its weights are still floats.
         qtensors: compressed weights by tensor name. A name that is absent stays float. Where an operation runs in
             integers its bias stands here too, as 32-bit codes whose scale is input scale times weight scale.
-        skipped: what was asked for and not done.
+        shifts: what was added to biases of `model` after the rewrites, by name.
     """
 
     model: Model
     qtensors: Mapping[str, QTensor]
-    skipped: tuple[Skip, ...] = field(default=())
+    shifts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @cached_property
     def decoded(self) -> Model:

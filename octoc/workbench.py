@@ -102,7 +102,6 @@ class Workbench:
         self.writer: Exporter = exporter(job.format)
         self.model, self.activation_steps = shared.activated()
         self._means: dict[str, torch.Tensor] | None = None
-        self.bias_steps: tuple[CorrectBiases, ...] = ()
         self.integer = any(isinstance(step, QuantizeActivations) for step in self.activation_steps)
         self.folder = work / job.device.id / job.format
         self.base = self._converted()
@@ -238,22 +237,23 @@ class Workbench:
             correct: False where only the size of the file is wanted.
         """
         coded = encode_weights(self.model, self.encodes(plan), self._encode)
-        self.bias_steps = self._corrections(coded) if correct else ()
-        model = restructure(self.model, self.bias_steps)
-        return Compressed(model, {**coded, **encode_biases(model, coded)})
+        shifts = self._shifts(coded) if correct else {}
+        model = restructure(self.model, [CorrectBiases(shifts)])
+        return Compressed(model, {**coded, **encode_biases(model, coded)}, shifts)
 
-    def _corrections(self, coded: dict[str, QTensor]) -> tuple[CorrectBiases, ...]:
+    def _shifts(self, coded: dict[str, QTensor]) -> dict[str, tuple[float, ...]]:
+        """What to add to each bias: the recipe's numbers, or measured on calibration samples."""
         recipe = self.options.recipe
         if recipe is not None:
-            return recipe.of(CorrectBiases)
+            return {name: shift for step in recipe.of(CorrectBiases) for name, shift in step.shifts.items()}
         if not self.integer and all(tensor.bits >= 8 for tensor in coded.values()):
-            return ()  # 8-bit weights alone move no mean that float rounding would not
+            return {}  # 8-bit weights alone move no mean that float rounding would not
         samples = self.shared.samples()
         if self._means is None:
             equalized = [step for step in self.activation_steps if isinstance(step, Equalize)]
             self._means = channel_means(restructure(self.shared.shaped, equalized), samples)
         shifts = corrections(self._means, Compressed(self.model, coded).decoded, samples)
-        return (CorrectBiases({name: tuple(map(float, shift)) for name, shift in shifts.items()}),)
+        return {name: tuple(map(float, shift)) for name, shift in shifts.items()}
 
     def _encode(self, layer: Layer, scheme: Scheme, dtype: str) -> QTensor:
         return self.encoder(layer, scheme, dtype)
@@ -287,8 +287,10 @@ class Workbench:
         with self.clock.stage("run", what, len(data)):
             return predict(open_session(self.job.format, path), data.inputs, self.clock.progress.advance)
 
-    def recipe(self, plan: Plan) -> Recipe:
-        steps = (*self.shared.structure, *self.activation_steps, *self.bias_steps, *self.encodes(plan))
+    def recipe(self, plan: Plan, small: Compressed) -> Recipe:
+        """The decisions that made a network of this plan."""
+        corrected = (CorrectBiases(small.shifts),) if small.shifts else ()
+        steps = (*self.shared.structure, *self.activation_steps, *corrected, *self.encodes(plan))
         return Recipe(
             self.shared.fingerprint, self.job.format, self.job.device.id, self.options.seed, steps, __version__
         )

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octoc.compressed import Compressed, Skip
+from octoc.compressed import Compressed
 from octoc.errors import ArtifactError, ModelError
 from octoc.export.tflite_lowering import weights
 from octoc.export.tflite_lowering.flat import Graph, Operation, Value, graph_bytes, read_graph
@@ -220,34 +220,3 @@ def read_codes(path: Path) -> dict[str, QTensor]:
     if absent:
         raise ArtifactError(f"{path} lacks the constants {', '.join(absent)}")
     return {name: weights.decode(by_name[name], about) for name, about in known.items()}
-
-
-def kept_float(path: Path) -> tuple[Skip, ...]:
-    """Operations that compute in floats although their activations are int8, each between DEQUANTIZE and QUANTIZE."""
-    graph, _ = read_graph(read_checked(path))
-    producers, readers = graph.producers(), graph.consumers()
-    skips = []
-    for operation in graph.operations:
-        result = operation.outputs[0]
-        behind = any(op.kind == "QUANTIZE" for op in readers.get(result, ()))
-        if operation.kind != "QUANTIZE" and behind and any(_was_integer(v, producers) for v in operation.inputs):
-            names = [_weight_name(value, producers) for value in operation.inputs]
-            label = next((name for name in names if name), result.name)
-            skips.append(Skip(f"{operation.kind} {label}", "no integer kernel for these scales or weights"))
-    return tuple(skips)
-
-
-def _was_integer(value: Value | None, producers: Mapping[Value, Operation]) -> bool:
-    before = None if value is None else producers.get(value)
-    source = None if before is None or before.kind != "DEQUANTIZE" else before.inputs[0]
-    return source is not None and source.data is None
-
-
-def _weight_name(value: Value | None, producers: Mapping[Value, Operation]) -> str:
-    """Name of the constant that a value is, or is made of."""
-    while value is not None and value.data is None:
-        before = producers.get(value)
-        if before is None or before.kind not in ("DEQUANTIZE", "RESHAPE", "TRANSPOSE", "CAST", "MUL"):
-            return ""
-        value = before.inputs[0]
-    return "" if value is None or (not value.is_float and value.grid is None) else value.name

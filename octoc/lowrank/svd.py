@@ -89,20 +89,6 @@ def saves(shape: Sequence[int], rank: int, axis: int = 0) -> bool:
     return after < before
 
 
-def best_rank(weight: Array, error: float, axis: int = 0) -> int | None:
-    """The smallest rank whose relative error is at most `error`; None where that saves nothing.
-
-    Args:
-        weight: as `factorize` takes it.
-        error: Frobenius norm of the difference over that of the weight.
-        axis: output-channel axis.
-    """
-    values = np.linalg.svd(_matrix(weight, axis), compute_uv=False)
-    tails = np.sqrt(np.append(np.cumsum(np.square(values)[::-1])[::-1], 0.0))  # [k] is the error of rank k
-    rank = max(1, int(np.argmax(tails <= error * tails[0])))
-    return rank if saves(weight.shape, rank, axis) else None
-
-
 def planned_ranks(model: Model, share: float) -> dict[str, int]:
     """Ranks by weight for every layer that can be factorized and gets smaller by it.
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from octoc.errors import ModelError, UsageError
 from octoc.load.module import from_module
-from octoc.lowrank.svd import best_rank, costs, factorize, planned_ranks, refusal, rewrite, saves
+from octoc.lowrank.svd import costs, factorize, planned_ranks, refusal, rewrite, saves
 
 SHAPES = [(8, 12), (8, 6, 3), (10, 4, 3, 3), (6, 4, 2, 3, 2)]
 
@@ -75,17 +75,6 @@ def test_costs_count_the_weights_of_both_factors():
         assert costs(shape, 2) == (weight.size, factors.first.size + factors.second.size)
     assert saves((16, 16), 7)
     assert not saves((16, 16), 8)
-
-
-def test_the_best_rank_is_the_smallest_within_the_error():
-    weight = weight_of((12, 20))
-    total = np.linalg.norm(weight)
-    for error in (0.9, 0.7, 0.5):
-        rank = best_rank(weight, error)
-        assert factorize(weight, rank).error <= error * total
-        assert rank == 1 or factorize(weight, rank - 1).error > error * total
-    assert best_rank(weight, 0.01) is None
-    assert best_rank(np.zeros((4, 9), np.float32), 0) == 1
 
 
 LAYERS = {
