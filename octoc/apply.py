@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from octoc.errors import UsageError
 from octoc.graph import bias_of, fold_batch_norm
 from octoc.model import Layer, Model
-from octoc.qtensor import Affine, QTensor, Scheme
+from octoc.qtensor import Affine, Palette, QTensor, Scheme, Sparse
 from octoc.quantize import bias, encode
 from octoc.quantize import equalize as equalization
 from octoc.quantize.activations import (
@@ -109,25 +109,58 @@ class Encoder:
 
     Args:
         model: after `restructure`.
-        proven: compressed tensors to use as they are in place of computing them, by tensor name.
+        proven: compressed tensors, by tensor name, to use as they are in place of computing any; None computes them.
     """
 
     def __init__(self, model: Model, proven: Mapping[str, QTensor] | None = None) -> None:
         self.model = model
-        self.proven = proven or {}
+        self.proven = proven
         self._done: dict[tuple[str, str, str], QTensor] = {}
 
     def __call__(self, layer: Layer, scheme: Scheme, dtype: str) -> QTensor:
-        if layer.name in self.proven:
-            tensor = self.proven[layer.name]
-            if tensor.shape != layer.shape:
-                raise UsageError(f"the proof holds {layer.name} as {tensor.shape}, the network as {layer.shape}")
+        if self.proven is not None:
+            tensor = self.proven.get(layer.name)
+            wrong = "does not hold it" if tensor is None else unlike(tensor, layer, scheme, dtype)
+            if tensor is None or wrong:
+                raise UsageError(
+                    f"the recipe stores {layer.name} as {scheme}, and the proof beside it {wrong}; "
+                    "compute the codes anew with --recompute"
+                )
             return tensor
         key = (layer.name, str(scheme), dtype)
         if key not in self._done:
             weight = self.model.tensors[layer.name].detach().numpy()
             self._done[key] = encode(weight, scheme, layer.axis, dtype=dtype)
         return self._done[key]
+
+
+def unlike(tensor: QTensor, layer: Layer, scheme: Scheme, dtype: str) -> str | None:
+    """Why a compressed weight is not what a scheme makes of a layer, or None.
+
+    Args:
+        tensor: the compressed weight.
+        layer: whose weight it should be.
+        scheme: how the weight should be stored.
+        dtype: of its scales or tables.
+    """
+    if tensor.shape != layer.shape:
+        return f"holds it with shape {list(tensor.shape)}, not {list(layer.shape)}"
+    dense = tensor.dense if isinstance(tensor, Sparse) else tensor
+    kind, sparse = type(dense).__name__.lower(), isinstance(tensor, Sparse)
+    if (kind, dense.bits, sparse) != (scheme.kind, scheme.bits, scheme.sparse):
+        return f"holds it as {kind} of {dense.bits} bits{' with a mask' if sparse else ''}"
+    if isinstance(dense, Affine):
+        grid, stored = dense.scale.shape, dense.scale.dtype
+    elif isinstance(dense, Palette):
+        grid, stored = dense.table.shape[:-1], dense.table.dtype
+    else:
+        return None
+    wanted = scheme.grid(layer.shape, layer.axis)
+    if tuple(grid) != wanted:
+        return f"holds it on a grid of {list(grid)}, not {list(wanted)}"
+    if stored != dtype:
+        return f"holds it with scales in {stored}, not {dtype}"
+    return None
 
 
 def encode_weights(

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from octoc.apply import runs_in_integers
 from octoc.errors import UsageError
 from octoc.proof import NAME as PROOF
 from octoc.proof import artifact_sha256, prove, write_proof
+from octoc.quantize.activations import integer_layers
 from octoc.recipe import Encode
 from octoc.report import ArtifactReport, Check, Point
 from octoc.search import Outcome, Plan
@@ -28,6 +30,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "int8": 0.1}
 def build(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
     """Makes, verifies and publishes one artefact."""
     started = time.perf_counter()
+    _require_same_network(shared)
     bench = Workbench(job, shared, work)
     search, options = bench.search, shared.options
     if options.recipe is not None:
@@ -53,6 +56,7 @@ def build(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
 
 def plan_only(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
     """What `build` would start from: the plan, its predicted size, and what is reachable."""
+    _require_same_network(shared)
     bench = Workbench(job, shared, work)
     search, options = bench.search, shared.options
     search.measure_overhead()
@@ -62,12 +66,21 @@ def plan_only(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport
     return summarize(bench, found, nbytes, search.reachable())
 
 
+def _require_same_network(shared: Shared) -> None:
+    """Refuses to replay a recipe or the codes of another network."""
+    recipe, proof = shared.options.recipe, shared.options.proof
+    if recipe is not None and recipe.model != shared.fingerprint:
+        raise UsageError("the recipe was made for another network: its fingerprint differs from this one's")
+    if proof is not None and proof.model != shared.fingerprint:
+        raise UsageError(
+            "the proof beside the recipe was made for another network; compute the codes anew with --recompute"
+        )
+
+
 def _planned(bench: Workbench) -> Plan:
     """The plan of the recipe that is to be replayed."""
     recipe = bench.options.recipe
     assert recipe is not None
-    if recipe.model != bench.shared.fingerprint:
-        raise UsageError("the recipe was made for another network: its fingerprint differs from this one's")
     known = {layer.name for layer in bench.layers}
     for step in recipe.of(Encode):
         if step.tensor not in known:
@@ -89,10 +102,27 @@ def _verify(bench: Workbench, outcome: Outcome) -> list[Check]:
     """Writes the proof beside the artefact and checks the one against the other."""
     kind = "int8" if bench.integer else bench.dtype
     samples = [np.asarray(array[:16]) for array in bench.shared.calibration.inputs]
-    digest = artifact_sha256(outcome.path)
-    proof = prove(outcome.small, samples, bench.job.format, TOLERANCE[kind], bench.integer, digest)
+    digest, model = artifact_sha256(outcome.path), bench.shared.fingerprint
+    integer = _integer_operations(bench, outcome)
+    proof = prove(outcome.small, samples, bench.job.format, TOLERANCE[kind], integer, digest, model)
     write_proof(proof, bench.folder / PROOF)
-    return verify(outcome.path, proof)
+    checks = verify(outcome.path, proof)
+    if not integer and (bench.integer or bench.options.activations == "int8"):
+        checks.append(Check("integer operations", False, "no operation of this network runs in integers"))
+    return checks
+
+
+def _integer_operations(bench: Workbench, outcome: Outcome) -> int:
+    """How many operations of the compressed network must run in integers: int8 in, and a weight for integer kernels."""
+    layers = {layer.name: layer for layer in bench.layers}
+    schemes = dict(choice.key for choice in outcome.plan)
+    return sum(
+        len(uses)
+        for name, uses in integer_layers(outcome.small.model).items()
+        if name in schemes
+        and runs_in_integers(outcome.small.qtensors.get(name))
+        and bench.writer.accepts(schemes[name], layers[name], True) is None
+    )
 
 
 def publish(finished: Path, target: Path) -> None:

@@ -22,6 +22,7 @@ from octoc.commands.demo import demo
 from octoc.commands.devices import devices
 from octoc.commands.faults import host_fault
 from octoc.commands.inspect import inspect
+from octoc.commands.terminal import leave_stdout, reader_left
 from octoc.commands.verify import verify
 from octoc.errors import HostError, OctocError, UsageError
 
@@ -61,7 +62,7 @@ def main() -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError:
-        code = _unwritable(code)
+        leave_stdout()
     if interrupt.received():
         # Where the signal met Python code that a C library ran, Python would now kill itself with it: no exit code.
         atexit._run_exitfuncs()
@@ -88,8 +89,11 @@ def run(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         where = f"; see `{context.command_path} --help`" if context is not None else ""
         return _fail(f"{error.format_message().rstrip('.')}{where}", UsageError.exit_code)
-    except BrokenPipeError:
-        return _unwritable(HostError.exit_code)
+    except (BrokenPipeError, SystemExit) as error:
+        if not reader_left(error):
+            return _fail(f"the code that was called ended with sys.exit({error})", OctocError.exit_code)
+        leave_stdout()  # whoever read our output had enough of it, and that is no fault
+        return 0
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", HostError.exit_code)
     except Exception as error:  # noqa: BLE001 - the last line of defence: one line, a code, no traceback
@@ -112,10 +116,4 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _fail(message: str, code: int) -> int:
     click.echo(f"error: {' '.join(message.split())}", err=True)
-    return code
-
-
-def _unwritable(code: int) -> int:
-    """Whoever read our output is gone or full; Python must not try to write the rest of it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

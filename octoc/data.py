@@ -10,10 +10,14 @@
 
 Nothing is unpickled and nothing is scaled in silence: float64 and float16 become float32, integers become the network's
 integers where they fit, and every other difference is an error.
+
+Labels of one axis that are whole numbers from 0 to classes - 1 are class numbers, stored as integers or as floats,
+where the network has more than one output. Other floats are no classes: without a metric, the cosine is counted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 ACCEPTED = "a .npz with x and y, a .npy, a folder of images, or package.module:function"
 _CALIBRATION_SHARE = 0.2
 _CALIBRATION_MOST = 512
+_HASHED = 64  # samples read together to be compared
 
 
 @dataclass(frozen=True)
@@ -144,24 +149,44 @@ def load_data(source: Any, inputs: Sequence[InputSpec] | None = None, name: str 
 
 
 def split_calibration(data: Dataset, calibration: Dataset | None, seed: int) -> tuple[Dataset, Dataset]:
-    """What to calibrate on and what to count quality on, never a sample in both.
+    """What to calibrate on and what to count quality on, never a sample in both: samples are compared byte by byte.
 
     Args:
-        data: what quality is counted on. Without another source, a fifth of it and at most 512 samples go to
+        data: what quality is counted on. Without other samples, a fifth of it and at most 512 samples go to
             calibration: ranges and Hessians of vision networks settle within some hundred samples.
-        calibration: another source, which is then used whole; the same source counts as none.
+        calibration: samples to calibrate on, of which those in `data` are left out. The same samples as in `data`
+            count as none.
         seed: of the split.
 
     Raises:
-        DataError: fewer than two samples to split.
+        DataError: fewer than two samples to split, or all of `calibration` is a part of `data`.
     """
-    if calibration is not None and not _same_source(calibration.source, data.source):
-        return calibration, data
+    if calibration is not None:
+        counted, known = _digests(data), _digests(calibration)
+        evaluated = set(counted)
+        rest = [i for i, digest in enumerate(known) if digest not in evaluated]
+        if len(rest) == len(calibration):
+            return calibration, data
+        if rest:
+            return calibration.take(rest), data
+        if not evaluated <= set(known):
+            raise DataError(
+                f"all {len(calibration)} samples of {calibration.source} are in {data.source} too, where quality is "
+                "counted; give others, or none and a part is split off"
+            )
     return data.split(min(_CALIBRATION_SHARE, _CALIBRATION_MOST / max(len(data), 1)), seed)
 
 
-def _same_source(a: str, b: str) -> bool:
-    return a == b or (Path(a).exists() and Path(b).exists() and Path(a).samefile(b))
+def _digests(data: Dataset) -> list[bytes]:
+    """SHA-256 of each sample, all its inputs together; few samples are in memory at a time."""
+    found: list[bytes] = []
+    for inputs, _ in data.batches(_HASHED):
+        for rows in zip(*inputs, strict=True):
+            digest = hashlib.sha256()
+            for row in rows:
+                digest.update(np.ascontiguousarray(row).tobytes())
+            found.append(digest.digest())
+    return found
 
 
 def _read_file(path: Path) -> Dataset:

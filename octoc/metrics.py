@@ -86,12 +86,16 @@ class Drop:
 _DROP = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15}|inf)\s*(%?)\s*", re.ASCII)
 
 
-def parse_drop(text: str) -> Drop:
-    """`1` is one point of the metric, `1%` one hundredth of the original's value, `inf` no limit.
+def parse_drop(text: str | float) -> Drop:
+    """`1` is one point of the metric, `1%` one hundredth of the original's value, `inf` no limit; a number is points.
 
     Raises:
         UsageError: not a drop.
     """
+    if not isinstance(text, str):
+        if not text >= 0:
+            raise UsageError(f"a drop of {text} is no loss that can be allowed; write points of the metric, such as 1")
+        return Drop(float(text), False)
     match = _DROP.fullmatch(text)
     if match is None or (match[2] and float(match[1]) > 100):
         raise UsageError(f"{text!r} is not a drop; write points of the metric, such as 1, or a share up to 100%, as 1%")
@@ -199,6 +203,19 @@ def get_metric(name: str) -> Metric:
         return value
 
     return Metric(name, True, True, "", counted)
+
+
+def class_numbers(labels: Array, outputs: Array) -> Array:
+    """Labels as int64 where they are class numbers stored as floats, as a .npz often has them; else as they are.
+
+    Args:
+        labels: [n], whole numbers from 0 to classes - 1; anything else is returned untouched.
+        outputs: [n, classes, ...] of the network; one output alone makes no classes.
+    """
+    if labels.ndim != 1 or labels.dtype.kind != "f" or outputs.ndim < 2 or outputs.shape[1] < 2:
+        return labels
+    classes = (labels % 1 == 0) & (labels >= 0) & (labels < outputs.shape[1])
+    return labels.astype(np.int64) if classes.all() else labels
 
 
 def default_metric(labels: Array | None) -> Metric:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,21 +18,18 @@ from octoc.apply import fingerprint, restructure
 from octoc.artifact import build, plan_only
 from octoc.data import Dataset, load_data, split_calibration
 from octoc.device import Device, find_device, load_devices
-from octoc.errors import HostError, UsageError
+from octoc.errors import HostError, ModelError, UsageError
 from octoc.evaluate import model_calls, predict_model
 from octoc.export import formats as known_formats
 from octoc.load import load_model
-from octoc.metrics import default_metric, get_metric, parse_drop
+from octoc.metrics import class_numbers, default_metric, get_metric
 from octoc.model import Model
-from octoc.options import Options
+from octoc.options import Options, parse_options
+from octoc.placement import offers, sparse_offers
 from octoc.profile import Profile, measure
 from octoc.progress import Clock, Progress, Silent
-from octoc.proof import NAME as PROOF
-from octoc.proof import Proof, read_proof
-from octoc.qtensor import Scheme
-from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune, read_recipe
-from octoc.report import Report
-from octoc.units import parse_size
+from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune
+from octoc.report import ArtifactReport, Report
 from octoc.workbench import Job, Shared
 
 if TYPE_CHECKING:
@@ -49,11 +45,11 @@ def compress_model(
     *,
     devices: Sequence[str],
     data: Any,
-    out: str | Path,
+    out: str | Path = "build/octoc",
     calibration: Any = None,
     weights_file: str | Path | None = None,
     formats: Sequence[str] = (),
-    max_size: str | int | None = None,
+    max_size: str | float | None = None,
     max_drop: str | float | None = None,
     weights: str | None = None,
     activations: str = "float",
@@ -75,7 +71,8 @@ def compress_model(
         data: what quality is counted on: a file, a folder, `module:function`, arrays or tensors x, (x, y) or
             ((x0, x1), y), or a `Dataset`.
         out: folder for `DEVICE/FORMAT/` and the report.
-        calibration: samples for calibration, in the same forms; split from `data` where None.
+        calibration: samples for calibration, in the same forms; split from `data` where None. Samples that are in both
+            are left out of calibration; where both hold the same samples, `data` is split.
         weights_file: weights for a factory.
         formats: formats to write, "all" for every one that the device runs; each device's first where empty.
         max_size: budget of each artefact, bytes or text such as "150kB".
@@ -85,10 +82,10 @@ def compress_model(
         activations: "float" or "int8".
         sparsity: fraction of weights that magnitude pruning sets to zero.
         rank: share of the full rank that truncated SVD keeps, where that saves.
-        metric: name of a metric or `module:function`; top-1 with integer labels, else cosine.
+        metric: name of a metric or `module:function`; top-1 with class numbers, else cosine.
         seed: of everything random.
-        recipe: a recipe to replay instead of planning. The codes come from the proof beside it, where one lies: the
-            same bytes on any machine.
+        recipe: a recipe to replay instead of planning, with its seed and without the options that would steer a plan;
+            goals are checked. The codes come from the proof beside it, where one lies: the same bytes on any machine.
         recompute: compute the codes of the recipe anew: the same bytes on the same kind of processor.
         devices_file: further device profiles.
         dry_run: plan, and say what is reachable, without writing anything.
@@ -98,40 +95,39 @@ def compress_model(
         The report; `report.held` tells whether every goal and check held.
 
     Raises:
-        OctocError: one of its classes; see `octoc.errors`.
+        OctocError: one of its classes; see `octoc.errors`. Where some artefact cannot be made of this network, the
+            others are published and reported first.
     """
     start = time.perf_counter()
     clock = Clock(progress or Silent())
-    options = Options(
+    options = parse_options(
         formats=tuple(formats),
-        max_size=parse_size(max_size) if isinstance(max_size, str) else max_size,
-        max_drop=parse_drop(str(max_drop)) if max_drop is not None else None,
-        weights=_encoding(weights),
+        max_size=max_size,
+        max_drop=max_drop,
+        weights=weights,
         activations=activations,
-        sparsity=_fraction("sparsity", sparsity),
-        rank=_fraction("rank", rank),
+        sparsity=sparsity,
+        rank=rank,
         seed=seed,
-        recipe=read_recipe(Path(recipe)) if recipe is not None else None,
+        recipe=recipe,
+        recompute=recompute,
         dry_run=dry_run,
-        proof=_proof_beside(Path(recipe)) if recipe is not None and not recompute else None,
     )
-    if activations not in ("float", "int8"):
-        raise UsageError(f"activations {activations!r}: choose float or int8")
-    if options.max_size is not None and options.max_size <= 0:
-        raise UsageError(f"a budget of {options.max_size} bytes holds nothing; give a size such as 150kB")
     jobs = _jobs(devices, Path(devices_file) if devices_file else None, options)
     with _workspace(Path(out), dry_run) as work:
         with clock.stage("load", "Loading the network and the data"):
-            counted, calibrated, network = _load(model, weights_file, data, calibration, seed)
-        chosen = get_metric(metric) if metric else default_metric(counted.labels)
+            counted, calibrated, network, notes = _load(model, weights_file, data, calibration, options.seed)
         with clock.stage("original", "Counting the original", len(counted)):
             outputs = predict_model(network, counted.inputs, clock.progress.advance)
+            if counted.labels is not None:
+                counted = replace(counted, labels=class_numbers(counted.labels, outputs[0]))
+            chosen = get_metric(metric) if metric else default_metric(counted.labels)
             target = counted.labels if chosen.needs_labels else outputs[0]
             quality = chosen(outputs[0], target)
         steps = options.recipe.steps if options.recipe else _structure(network, options)
         shaped = restructure(network, [s for s in steps if isinstance(s, Prune | Factorize | FoldBatchNorm)])
         classes = chosen.name in ("top1", "top5", "loss")
-        profile = None if options.recipe else _measure(shaped, calibrated, classes, seed, clock)
+        profile = None if options.recipe else _measure(shaped, calibrated, classes, options.seed, clock)
         shared = Shared(
             original=network,
             fingerprint=fingerprint(network),
@@ -148,7 +144,8 @@ def compress_model(
             clock=clock,
         )
         make = plan_only if dry_run else build
-        artifacts = tuple(make(job, shared, work, Path(out)) for job in jobs)
+        artifacts, failures = _each(jobs, lambda job: make(job, shared, work, Path(out)))
+        notes += failures
         layers = network.layers()
         clock.seconds["total"] = time.perf_counter() - start
         report = Report(
@@ -163,33 +160,34 @@ def compress_model(
             higher_is_better=chosen.higher_is_better,
             calibration=len(calibrated),
             evaluation=len(counted),
-            seed=seed,
-            artifacts=artifacts,
+            seed=options.seed,
+            artifacts=tuple(replace(a, notes=(*a.notes, *notes)) for a in artifacts),
             seconds={key: round(value, 3) for key, value in clock.seconds.items()},
         )
         if not dry_run:
             _write_report(report, work, Path(out))
+    if failures:
+        where = "" if dry_run else f"; the rest is in {Path(out) / 'report.html'}"
+        raise ModelError(f"{'; '.join(failures)}{where}")
     return report
 
 
-def _proof_beside(recipe: Path) -> Proof | None:
-    path = recipe.with_name(PROOF)
-    return read_proof(path) if path.exists() else None
+def _each(jobs: Sequence[Job], make: Callable[[Job], ArtifactReport]) -> tuple[list[ArtifactReport], tuple[str, ...]]:
+    """Every artefact that can be made, and a line for each that cannot, so that one format does not end a fleet.
 
-
-def _fraction(name: str, value: float | None) -> float | None:
-    if value is not None and not 0 < value < 1:
-        raise UsageError(f"{name} {value} is not between 0 and 1")
-    return value
-
-
-def _encoding(text: str | None) -> str | None:
-    """Checks what was asked for: "auto", a whole scheme, or the beginning of schemes such as "int4"."""
-    if text not in (None, "auto") and not re.fullmatch(r"(int|palette)\d+(-tensor|-channel)?", text):
-        return str(Scheme.parse(text))
-    if text not in (None, "auto"):
-        Scheme.parse(text if "-" in text else f"{text}-tensor")
-    return text
+    Raises:
+        ModelError: none can be made; the first reason.
+    """
+    made: list[ArtifactReport] = []
+    failures: list[tuple[Job, ModelError]] = []
+    for job in jobs:
+        try:
+            made.append(make(job))
+        except ModelError as error:
+            failures.append((job, error))
+    if not made:
+        raise failures[0][1]
+    return made, tuple(f"{job.device.id} {job.format} was not made: {error}" for job, error in failures)
 
 
 def _jobs(names: Sequence[str], extra: Path | None, options: Options) -> list[Job]:
@@ -204,24 +202,40 @@ def _jobs(names: Sequence[str], extra: Path | None, options: Options) -> list[Jo
     for name in dict.fromkeys(names):
         device = find_device(name, devices)
         jobs += [Job(device, fmt) for fmt in _formats(device, options)]
+    if options.weights not in (None, "auto"):
+        _check_offered(str(options.weights), jobs, options.sparsity is not None)
     return jobs
 
 
+def _check_offered(wanted: str, jobs: Sequence[Job], pruned: bool) -> None:
+    """An encoding that no weight of any artefact could have is a mistake; where some could, the others are noted."""
+    found: dict[str, None] = {}
+    for job in jobs:
+        offered = offers(job.device, job.format)
+        if pruned:
+            offered += sparse_offers(job.device, job.format)
+        found |= dict.fromkeys(str(offer.scheme) for offer in offered)
+    if not any(text == wanted or text.startswith(f"{wanted}-") for text in found):
+        places = ", ".join(f"{job.device.id} {job.format}" for job in jobs)
+        kind = wanted.split("-")[0]
+        near = [text for text in found if text.split("-")[0] == kind] or dict.fromkeys(t.split("-")[0] for t in found)
+        raise UsageError(f"--weights {wanted}: {places} run no such weights; they run {', '.join(near) or 'none'}")
+
+
 def _formats(device: Device, options: Options) -> tuple[str, ...]:
-    if options.recipe is not None and not options.formats:
-        return (options.recipe.format,)
     if ALL in options.formats:
         return device.formats
-    for fmt in options.formats:
+    asked = options.formats or (() if options.recipe is None else (options.recipe.format,))
+    for fmt in asked:
         if fmt not in device.formats:
             raise UsageError(f"{device.id} does not run {fmt}; it runs {', '.join(device.formats)}")
-    return tuple(dict.fromkeys(options.formats)) or device.formats[:1]
+    return tuple(dict.fromkeys(asked)) or device.formats[:1]
 
 
 def _load(
     model: Any, weights_file: str | Path | None, data: Any, calibration: Any, seed: int
-) -> tuple[Dataset, Dataset, Model]:
-    """Evaluation data, calibration data and the network, checked against one another."""
+) -> tuple[Dataset, Dataset, Model, tuple[str, ...]]:
+    """Evaluation data, calibration data and the network, checked against one another, and what was left out."""
     counted = load_data(data)
     if isinstance(model, Model):
         network = model
@@ -235,7 +249,16 @@ def _load(
     if calibration is not None and calibration is not data:
         given = load_data(calibration, network.inputs, "the calibration data")
     calibrated, counted = split_calibration(counted, given, seed)
-    return counted, calibrated, network
+    return counted, calibrated, network, _left_out(given, calibrated, counted)
+
+
+def _left_out(given: Dataset | None, calibrated: Dataset, counted: Dataset) -> tuple[str, ...]:
+    if given is None or len(given) == len(calibrated):
+        return ()
+    return (
+        f"calibrated on {len(calibrated)} samples instead of the {len(given)} of {given.source}: "
+        f"what {counted.source} holds too was left out",
+    )
 
 
 def _structure(network: Model, options: Options) -> tuple[Decision, ...]:

@@ -9,7 +9,7 @@ One safetensors file that holds
                       the last probe call; they do not change when a format lays its tensors out differently
 
 and in its metadata, under "octoc", the facts that arrays lack: kinds and widths of the compressed tensors, names of the
-operations, tolerance, and the sha256 of the artefact.
+operations, tolerance, the sha256 of the artefact, and the fingerprint of the network that was compressed.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Proof:
         values: [operations, 4].
         tolerance: largest difference from `outputs`, as a share of their largest magnitude.
         format: of the artefact.
-        integer: the operations between int8 values must run in integers.
+        integer: how many of the network's operations must run in integers.
         sha256: of the artefact.
+        model: fingerprint of the network before compression.
     """
 
     qtensors: Mapping[str, QTensor]
@@ -60,11 +61,14 @@ class Proof:
     values: Array
     tolerance: float
     format: str
-    integer: bool
+    integer: int
     sha256: str
+    model: str
 
 
-def prove(small: Compressed, samples: Sequence[Array], fmt: str, tolerance: float, integer: bool, sha256: str) -> Proof:
+def prove(
+    small: Compressed, samples: Sequence[Array], fmt: str, tolerance: float, integer: int, sha256: str, model: str
+) -> Proof:
     """Evaluates the compressed network on the probes.
 
     Args:
@@ -74,9 +78,10 @@ def prove(small: Compressed, samples: Sequence[Array], fmt: str, tolerance: floa
         tolerance: see `Proof`.
         integer: see `Proof`.
         sha256: of the artefact.
+        model: see `Proof`.
     """
-    model = small.decoded
-    batch = next((spec.shape[0] for spec in model.inputs if spec.shape), 1)
+    decoded = small.decoded
+    batch = next((spec.shape[0] for spec in decoded.inputs if spec.shape), 1)
     probes = []
     for array in samples:
         real = calls([array[: (PROBES - 1) * batch]], batch)[0]
@@ -91,19 +96,20 @@ def prove(small: Compressed, samples: Sequence[Array], fmt: str, tolerance: floa
             rows.append(summary(value.numpy()))
 
     for i in range(len(probes[0])):
-        call = [torch.from_numpy(p[i]).reshape(s.shape) for p, s in zip(probes, model.inputs, strict=True)]
+        call = [torch.from_numpy(p[i]).reshape(s.shape) for p, s in zip(probes, decoded.inputs, strict=True)]
         last = i == len(probes[0]) - 1
-        found.append([value.numpy() for value in model.run(*call, observe=note if last else None)])
+        found.append([value.numpy() for value in decoded.run(*call, observe=note if last else None)])
     return Proof(
         small.qtensors,
-        {spec.name: p.reshape(len(p), *spec.shape) for spec, p in zip(model.inputs, probes, strict=True)},
-        {name: np.stack(column) for name, column in zip(model.outputs, zip(*found, strict=True), strict=True)},
+        {spec.name: p.reshape(len(p), *spec.shape) for spec, p in zip(decoded.inputs, probes, strict=True)},
+        {name: np.stack(column) for name, column in zip(decoded.outputs, zip(*found, strict=True), strict=True)},
         tuple(operations),
         np.array(rows, dtype=np.float64).reshape(-1, 4),
         tolerance,
         fmt,
         integer,
         sha256,
+        model,
     )
 
 
@@ -134,6 +140,7 @@ def write_proof(proof: Proof, path: Path) -> None:
         "format": proof.format,
         "integer": proof.integer,
         "sha256": proof.sha256,
+        "model": proof.model,
     }
     # safetensors' own writer hides a full disk in an error of its own, and the file from other users
     whole = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
@@ -157,8 +164,10 @@ def read_proof(path: Path) -> Proof:
         tolerance = float(facts["tolerance"])
         if not 0 < tolerance < math.inf:
             raise ValueError(f"a tolerance of {tolerance} tells nothing")
-        if not isinstance(facts["format"], str) or not isinstance(facts["sha256"], str):
-            raise TypeError("its format and sha256 are no texts")
+        if not all(isinstance(facts[key], str) for key in ("format", "sha256", "model")):
+            raise TypeError("its format, sha256 and model are not all texts")
+        if type(facts["integer"]) is not int or facts["integer"] < 0:  # True is an int too
+            raise TypeError(f"{facts['integer']!r} is no number of integer operations")
         return Proof(
             qtensors,
             {name: arrays[f"input/{name}"] for name in facts["inputs"]},
@@ -167,8 +176,9 @@ def read_proof(path: Path) -> Proof:
             arrays["values"],
             tolerance,
             facts["format"],
-            bool(facts["integer"]),
+            facts["integer"],
             facts["sha256"],
+            facts["model"],
         )
     except FileNotFoundError as error:
         raise ArtifactError(f"no {path.name} beside the artefact: {path} is missing; verification needs it") from error

@@ -28,7 +28,8 @@ from octoc.load.module import from_module
 from octoc.model import Layer, Model, aten
 from octoc.prune.magnitude import prune
 from octoc.qtensor import Affine, Cast, QTensor, Scheme
-from octoc.quantize.activations import Range, calibrate
+from octoc.quantize.activations import Range
+from octoc.quantize.calibrate import calibrate
 from octoc.recipe import CorrectBiases, Encode, Equalize, Factorize, FoldBatchNorm, Prune, QuantizeActivations
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +187,48 @@ def test_an_encoder_computes_each_weight_scheme_and_dtype_once(model: Model) -> 
     assert encoder(layers["conv2.weight"], Scheme.parse("int8-channel"), "float16") is not first
     assert encoder(layers["conv2.weight"], Scheme.parse("int8-tensor"), "float32") is not first
     assert encoder(layers["linear.weight"], Scheme.parse("int8-channel"), "float32") is not first
+
+
+CHANNEL = Scheme.parse("int8-channel")
+
+
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        ("int4-channel", "affine of 4 bits"),
+        ("int8-tensor", r"a grid of \[1, 1\], not \[5, 1\]"),
+        ("int8-group4", r"a grid of \[5, 3\], not \[5, 1\]"),
+        ("palette8-channel", "palette of 8 bits"),
+        ("float16", "cast of 16 bits"),
+        ("int8-channel-sparse", "with a mask"),
+    ],
+)
+def test_codes_of_another_encoding_than_the_recipe_s_are_refused(model: Model, held: str, reason: str) -> None:
+    layer = next(layer for layer in model.layers() if layer.name == "linear.weight")
+    scheme = Scheme.parse(held)
+    tensor = Encoder(model)(layer, scheme, "float32")
+    assert Encoder(model, {layer.name: tensor})(layer, scheme, "float32") is tensor
+    with pytest.raises(UsageError, match=rf"linear\.weight as int8-channel, .*{reason}.*--recompute"):
+        Encoder(model, {layer.name: tensor})(layer, CHANNEL, "float32")
+
+
+@pytest.mark.parametrize("held", ["int8-channel", "palette4-tensor"])
+def test_codes_with_scales_of_another_dtype_are_refused(model: Model, held: str) -> None:
+    layer = next(layer for layer in model.layers() if layer.name == "linear.weight")
+    tensor = Encoder(model)(layer, Scheme.parse(held), "float16")
+    assert Encoder(model, {layer.name: tensor})(layer, Scheme.parse(held), "float16") is tensor
+    with pytest.raises(UsageError, match=r"in float16, not float32.*--recompute"):
+        Encoder(model, {layer.name: tensor})(layer, Scheme.parse(held), "float32")
+
+
+def test_a_weight_of_another_shape_or_that_the_proof_lacks_is_refused_not_computed(model: Model) -> None:
+    layers = {layer.name: layer for layer in model.layers()}
+    tensor = Encoder(model)(layers["conv1.weight"], CHANNEL, "float32")
+    with pytest.raises(UsageError, match=r"linear\.weight .*shape .*--recompute"):
+        Encoder(model, {"linear.weight": tensor})(layers["linear.weight"], CHANNEL, "float32")
+    for proven in ({}, {"conv1.weight": tensor}):
+        with pytest.raises(UsageError, match=r"linear\.weight .*does not hold it.*--recompute"):
+            Encoder(model, proven)(layers["linear.weight"], CHANNEL, "float32")
 
 
 def integer_network(bias: float = 0.0, tiny: float = 1.0) -> tuple[Compressed, Model, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from octoc.cli import run
 
 OCTOC = [sys.executable, "-m", "octoc"]
 DEVICE = "raspberry-pi-5"
+PATIENCE = 600  # seconds for a child on a busy machine, before it counts as stuck
 
 
 class Work:
@@ -48,7 +48,17 @@ class Work:
 
 
 def octoc(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*OCTOC, *arguments], capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run([*OCTOC, *arguments], capture_output=True, text=True, timeout=PATIENCE, **options)
+
+
+def prepared(first: str, arguments: list[str]) -> subprocess.Popen[str]:
+    """A child that runs a line of Python before it becomes octoc.
+
+    `preexec_fn` would do that too, but it runs the fork hooks of every library that the test process has loaded.
+    """
+    become = f"{first}\nimport os, sys\nos.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-c", become, *OCTOC, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +155,31 @@ def test_a_dry_run_writes_nothing(work: Work, capfd: pytest.CaptureFixture[str])
     assert not (work.folder / "bad").exists()
 
 
+def test_a_dry_run_needs_no_folder_and_a_run_does(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [text for text in work.arguments() if text not in ("--out", str(work.folder / "bad"))]
+    assert run([*arguments, "--dry-run", "-q"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "--out" in failure(capfd, arguments, 2)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--weights int4", "--activations int8", "--sparsity 0.5", "--rank 0.5", "--seed 7", "--device iphone-15-pro"],
+)
+def test_what_a_recipe_decides_or_a_device_does_not_run_is_refused_beside_it(
+    work: Work, option: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = (work.artifact.parent / "recipe.json").read_text()
+    (tmp_path / "recipe.json").write_text(text.replace('"onnx"', '"coreml"') if "device" in option else text)
+    arguments = [*work.arguments(), "--recipe", str(tmp_path / "recipe.json"), *option.split()]
+    wanted = f"{DEVICE} does not run coreml" if "device" in option else f"{option} beside --recipe"
+    assert wanted in failure(capfd, arguments, 2)
+    assert "--recipe" in failure(capfd, [*work.arguments(), "--recompute"], 2)
+
+
 def test_inspect_json_counts_what_torch_counts(work: Work, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(work.model), "--device", "pixel-8", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
@@ -214,6 +249,8 @@ def test_bad_data_exits_with_3(work: Work, tmp_path: Path, capfd: pytest.Capture
         ({"metric": "f2"}, "top1"),
         ({"devices-file": "missing.yaml"}, "missing.yaml"),
         ({"maxsize": "3"}, "--max-size"),
+        ({"weights": "int5"}, "they run float16, int8, int4"),
+        ({"weights": "palette4"}, "raspberry-pi-5 onnx run no such weights"),
     ],
 )
 def test_what_cannot_be_meant_exits_with_2_and_a_hint(
@@ -233,9 +270,10 @@ def test_an_output_folder_that_cannot_be_made_exits_with_4(work: Work, capfd: py
 
 def test_a_disk_that_takes_no_more_exits_with_4_and_leaves_nothing(work: Work) -> None:
     out = work.folder / "full"
-    found = octoc(*work.arguments(out=out), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)))
-    assert found.returncode == 4, found.stderr
-    assert "File too large" in one_line(found.stderr)
+    found = prepared("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))", work.arguments(out=out))
+    _, stderr = found.communicate(timeout=PATIENCE)
+    assert found.returncode == 4, stderr
+    assert "File too large" in one_line(stderr)
     assert not out.exists()
 
 
@@ -253,24 +291,43 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert (found.stdout, found.stderr) == ("[", "")
 
 
+def unread(*arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a command whose reader has left before it says anything."""
+    end, start = os.pipe()
+    os.close(end)
+    found = subprocess.run([*OCTOC, *arguments], stdout=start, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    os.close(start)
+    return found.returncode, found.stderr
+
+
+@pytest.mark.parametrize("command", ["devices", "devices --json", "devices raspberry-pi-5", "--help"])
+def test_without_a_reader_a_command_ends_with_0_and_says_nothing(command: str) -> None:
+    assert unread(*command.split()) == (0, "")
+
+
+def test_without_a_reader_a_run_still_ends_as_it_went(work: Work) -> None:
+    assert unread(*work.arguments(), "--dry-run") == (0, "")
+    code, said = unread(*work.arguments(), "--dry-run", "--max-size", "1kB")
+    assert code == 1
+    assert "goal missed" in one_line(said)
+    assert unread("verify", str(work.artifact)) == (0, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_exits_with_4_and_leaves_nothing_half_written(work: Work, number: signal.Signals) -> None:
     out = work.folder / f"stopped-{number.name}"
-    process = subprocess.Popen(
-        [*OCTOC, *work.arguments(out=out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell that runs the tests in the background would have them inherit a deaf ear
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob(".octoc-*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
+    # a shell that runs the tests in the background would have them inherit a deaf ear
+    process = prepared("import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)", work.arguments(out=out))
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not list(out.glob(".octoc-*")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
     assert process.returncode == 4, stderr
     assert stdout == ""
     assert one_line(stderr) == f"error: interrupted; nothing half-written was left in {out}\n"

@@ -117,13 +117,42 @@ def test_calibration_takes_a_fifth_and_at_most_512_samples() -> None:
 
 
 def test_calibration_of_another_source_is_used_whole_and_the_same_file_is_split(tmp_path: Path) -> None:
-    data, other = Dataset((X,), Y, "a"), Dataset((X[:3],), None, "b")
+    data, other = Dataset((X,), Y, "a"), Dataset((X[:3] + 1,), None, "a")
     assert split_calibration(data, other, 0) == (other, data)
     path = _npz(tmp_path / "d.npz", x=X)
     again = tmp_path / "sub" / ".." / "d.npz"
     (tmp_path / "sub").mkdir()
     calibration, evaluation = split_calibration(load_data(path), load_data(again), 0)
     assert (len(calibration), len(evaluation)) == (2, 8)
+
+
+def test_calibration_samples_are_compared_with_the_data_by_their_bytes(tmp_path: Path) -> None:
+    np.save(tmp_path / "copy.npy", X[::-1])
+    same = load_data(tmp_path / "copy.npy", [IMAGE])  # lazy, in another order, under another name
+    calibration, evaluation = split_calibration(load_data((X, Y)), same, 0)
+    assert (len(calibration), len(evaluation)) == (2, 8)
+    assert not {row.tobytes() for row in calibration.inputs[0][:]} & {row.tobytes() for row in evaluation.inputs[0][:]}
+
+
+@pytest.mark.parametrize("evaluated", [X[:4], X[2:8]])
+def test_calibration_samples_that_are_evaluated_are_left_out(evaluated: np.ndarray) -> None:
+    # the first is wholly part of the other samples, of which enough are left; the second overlaps with them
+    given = np.concatenate([X[:6], X[:4] + 1])
+    calibration, evaluation = split_calibration(Dataset((evaluated,), None, "a"), Dataset((given,), None, "b"), 0)
+    kept = [row for row in given if not (row == evaluated).all(axis=(1, 2, 3)).any()]
+    np.testing.assert_array_equal(calibration.inputs[0][:], kept)
+    np.testing.assert_array_equal(evaluation.inputs[0][:], evaluated)
+
+
+def test_calibration_on_a_part_of_the_data_is_refused() -> None:
+    with pytest.raises(DataError, match="all 3 samples of b are in a too"):
+        split_calibration(Dataset((X,), Y, "a"), Dataset((X[:3],), None, "b"), 0)
+
+
+def test_a_sample_of_several_inputs_is_the_same_only_where_all_inputs_are() -> None:
+    data = Dataset((X, np.zeros((10, 5), np.int32)), None, "a")
+    other = Dataset((X, np.ones((10, 5), np.int32)), None, "a")
+    assert split_calibration(data, other, 0) == (other, data)
 
 
 def test_arrays_and_tensors_are_one_batch() -> None:

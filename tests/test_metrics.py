@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octoc.errors import DataError, UsageError
-from octoc.metrics import METRICS, Drop, cosine, default_metric, get_metric, loss, parse_drop, top1, top5
+from octoc.metrics import METRICS, Drop, class_numbers, cosine, default_metric, get_metric, loss, parse_drop, top1, top5
 
 LOGITS = np.random.default_rng(0).normal(size=(40, 10)).astype(np.float32)
 LABELS = np.random.default_rng(1).integers(0, 10, 40)
@@ -168,3 +168,27 @@ def test_any_text_is_a_drop_or_a_usage_error(text: str) -> None:
     except UsageError:
         return
     assert drop.value >= 0
+
+
+def test_whole_floats_are_class_numbers_where_the_network_has_so_many_classes() -> None:
+    found = class_numbers(LABELS.astype(np.float64), LOGITS)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, LABELS)
+    for labels, outputs in (
+        (LABELS + 0.5, LOGITS),
+        (LABELS + 1.0, LOGITS[:, :9]),
+        (LABELS - 1.0, LOGITS),
+        (np.full(40, np.nan), LOGITS),
+        (LABELS.astype(np.float32), LOGITS[:, :1]),
+        (LABELS.astype(np.float32), LOGITS[:, 0]),
+        (LABELS.astype(np.float32)[:, None], LOGITS),
+    ):
+        assert class_numbers(labels, outputs) is labels
+
+
+def test_a_drop_may_be_a_number_however_small() -> None:
+    assert parse_drop(0.00001) == Drop(1e-05, False)
+    assert parse_drop(2) == Drop(2.0, False)
+    for wrong in (-1, float("nan")):
+        with pytest.raises(UsageError, match="points of the metric"):
+            parse_drop(wrong)

@@ -58,8 +58,9 @@ def a_proof(**changes: Any) -> Proof:
         rng.random((2, 4)),
         0.001,
         "onnx",
-        True,
+        2,
         "00ff",
+        "network",
     )
     return replace(proof, **changes)
 
@@ -82,7 +83,7 @@ def assert_same(one: Proof, other: Proof) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"qtensors": {}, "operations": (), "values": np.zeros((0, 4))}, {"integer": False}]
+    "changes", [{}, {"qtensors": {}, "operations": (), "values": np.zeros((0, 4))}, {"integer": 0}]
 )
 def test_a_proof_comes_back_as_it_was(tmp_path: Path, changes: dict[str, Any]) -> None:
     proof = a_proof(**changes)
@@ -138,7 +139,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = ("tensors", "inputs", "outputs", "operations", "tolerance", "format", "integer", "sha256")
+KEYS = ("tensors", "inputs", "outputs", "operations", "tolerance", "format", "integer", "sha256", "model")
 
 
 @given(key=st.sampled_from(KEYS), value=json_values)
@@ -167,6 +168,13 @@ def test_a_tolerance_that_anything_would_pass_is_refused(raw: bytes, place: Path
     text = json.dumps({**facts_of(raw), "tolerance": "@"}).replace('"@"', tolerance)
     place.write_bytes(save(load(raw), {"octoc": text}))
     with pytest.raises(ArtifactError):
+        read_proof(place)
+
+
+@pytest.mark.parametrize("count", [True, False, -1, 1.0, "2", None])
+def test_integer_operations_are_counted_not_asserted(raw: bytes, place: Path, count: Any) -> None:
+    place.write_bytes(save(load(raw), {"octoc": json.dumps({**facts_of(raw), "integer": count})}))
+    with pytest.raises(ArtifactError, match="integer operations"):
         read_proof(place)
 
 
@@ -213,7 +221,7 @@ def test_the_first_probe_is_zeros_the_others_are_samples_and_the_outputs_are_the
     weight = Cast(model.tensors["linear.weight"].numpy().astype(np.float16))
     small = Compressed(model, {"linear.weight": weight})
     samples = [rng.normal(size=(16, n)).astype(np.float32) for n in (3, 4)]
-    proof = prove(small, samples, "onnx", 0.01, False, "ff")
+    proof = prove(small, samples, "onnx", 0.01, 0, "ff", "network")
     assert [array.shape for array in proof.inputs.values()] == [(PROBES, count, 3), (PROBES, count, 4)]
     for array, sample in zip(proof.inputs.values(), samples, strict=True):
         assert not array[0].any()
@@ -232,7 +240,7 @@ def test_the_first_probe_is_zeros_the_others_are_samples_and_the_outputs_are_the
 
 def test_few_samples_make_few_probes() -> None:
     model = from_module(nn.Linear(3, 2), [torch.zeros(1, 3)])
-    proof = prove(Compressed(model, {}), [np.ones((1, 3), np.float32)], "onnx", 0.01, False, "ff")
+    proof = prove(Compressed(model, {}), [np.ones((1, 3), np.float32)], "onnx", 0.01, 0, "ff", "network")
     (array,) = proof.inputs.values()
     np.testing.assert_array_equal(array, [[[0, 0, 0]], [[1, 1, 1]]])
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from octoc.errors import ArtifactError, VerificationError
 from octoc.export import onnx as exporter
 from octoc.load.module import from_module
 from octoc.proof import NAME, Proof, artifact_sha256, prove, write_proof
-from octoc.quantize.activations import calibrate
+from octoc.qtensor import Affine
+from octoc.quantize.calibrate import calibrate
 from octoc.recipe import Encode
 from octoc.report import Check
-from octoc.verify import format_of, require, verify, verify_file
+from octoc.verify import format_of, require, unchanged, verify, verify_file
 
 
 class Net(nn.Module):
@@ -54,7 +56,7 @@ def make(folder: Path, integer: bool = False) -> tuple[Path, Proof]:
     path = folder / exporter.FILE
     exporter.write(exporter.convert(model), small, path)
     tolerance = 0.15 if integer else 1e-3
-    proof = prove(small, [samples.numpy()], "onnx", tolerance, integer, artifact_sha256(path))
+    proof = prove(small, [samples.numpy()], "onnx", tolerance, 3 if integer else 0, artifact_sha256(path), "network")
     write_proof(proof, folder / NAME)
     return path, proof
 
@@ -71,6 +73,10 @@ def case(made: tuple[bytes, Proof], tmp_path: Path) -> tuple[Path, Proof]:
     (tmp_path / exporter.FILE).write_bytes(made[0])
     write_proof(made[1], tmp_path / NAME)
     return tmp_path / exporter.FILE, made[1]
+
+
+def checked(path: Path, proof: Proof) -> list[Check]:
+    return [*verify(path, proof), unchanged(path, proof)]
 
 
 def failed(checks: list[Check]) -> dict[str, str]:
@@ -102,6 +108,53 @@ def test_what_was_written_is_verified(tmp_path: Path, integer: bool) -> None:
     require(checks, path)
 
 
+def test_a_file_that_was_just_written_is_not_compared_with_its_own_digest(case: tuple[Path, Proof]) -> None:
+    path, proof = case
+    assert [check.name for check in verify(path, proof)] == ["codes", "outputs"]
+    assert [check.name for check in verify_file(path)] == ["codes", "outputs", "unchanged"]
+
+
+def test_codes_that_only_the_file_or_only_the_proof_has_fail(case: tuple[Path, Proof]) -> None:
+    path, proof = case
+    for name in proof.qtensors:
+        rest = {key: tensor for key, tensor in proof.qtensors.items() if key != name}
+        wrong = failed(verify(path, replace(proof, qtensors=rest)))
+        assert wrong == {"codes": f"{name} is compressed in the file, not in the network"}
+        more = {**proof.qtensors, "other.weight": proof.qtensors[name]}
+        assert failed(verify(path, replace(proof, qtensors=more))) == {"codes": "other.weight is not in the file"}
+
+
+def test_a_missing_integer_bias_is_excused_in_coreml_alone(
+    case: tuple[Path, Proof], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, proof = case
+    bias = Affine(np.zeros(6, np.int32), np.ones(6, np.float32), None, 32)
+    more = replace(proof, qtensors={**proof.qtensors, "first.bias": bias})
+    assert failed(verify(path, more)) == {"codes": "first.bias is not in the file"}
+    reader = SimpleNamespace(read_codes=lambda path: dict(proof.qtensors))
+    monkeypatch.setattr("octoc.verify.exporter", lambda name: reader)
+    assert "codes" not in failed(verify(path, replace(more, format="coreml")))
+    assert "codes" in failed(verify(path, replace(more, format="tflite")))
+
+
+def test_a_file_without_codes_says_so_and_claims_no_comparison(tmp_path: Path) -> None:
+    model = from_module(nn.Linear(3, 2), [torch.zeros(1, 3)])
+    path, small = tmp_path / exporter.FILE, Compressed(model, {})
+    exporter.write(exporter.convert(model), small, path)
+    proof = prove(small, [np.ones((4, 3), np.float32)], "onnx", 1e-3, 0, artifact_sha256(path), "network")
+    assert verify(path, proof)[0] == Check("codes", True, "no weight is compressed")
+
+
+def test_fewer_operations_in_integers_than_the_network_has_fail_and_are_counted(tmp_path: Path) -> None:
+    path, proof = make(tmp_path, integer=True)
+    assert Check("integer operations", True, "3 of 3 layers run in integers") in verify(path, proof)
+    assert failed(verify(path, replace(proof, integer=4))) == {"integer operations": "3 of 4 layers run in integers"}
+    floats = tmp_path / "floats"
+    floats.mkdir()
+    path, proof = make(floats)
+    assert failed(verify(path, replace(proof, integer=3))) == {"integer operations": "0 of 3 layers run in integers"}
+
+
 def test_a_file_may_be_called_and_lie_anywhere(case: tuple[Path, Proof], tmp_path: Path) -> None:
     path, _ = case
     elsewhere = tmp_path / "elsewhere" / "renamed.onnx"
@@ -125,14 +178,14 @@ def test_one_flipped_byte_of_any_weight_fails_and_a_check_says_which_tensor(
         damaged = bytearray(raw)
         damaged[at + int(where * size)] ^= 0x10
         path.write_bytes(damaged)
-        wrong = failed(verify(path, proof))
+        wrong = failed(checked(path, proof))
         assert "unchanged" in wrong
         owner = next((q for q in proof.qtensors if name.startswith(q)), None)
         if owner is not None:
             assert owner in wrong["codes"]
             coded += 1
         with pytest.raises(VerificationError, match="is not what was proven"):
-            require(verify(path, proof), path)
+            require(checked(path, proof), path)
     assert coded == 6  # codes and scales of three weights
 
 
@@ -146,7 +199,7 @@ def test_every_place_of_the_codes_is_compared(case: tuple[Path, Proof]) -> None:
         damaged = bytearray(raw)
         damaged[at + int(generator.integers(size))] ^= 1 << int(generator.integers(8))
         path.write_bytes(damaged)
-        assert any(q in failed(verify(path, proof))["codes"] for q in proof.qtensors if name.startswith(q))
+        assert any(q in failed(checked(path, proof))["codes"] for q in proof.qtensors if name.startswith(q))
 
 
 def test_a_changed_byte_anywhere_else_is_no_longer_the_proven_file(case: tuple[Path, Proof]) -> None:
@@ -158,13 +211,13 @@ def test_a_changed_byte_anywhere_else_is_no_longer_the_proven_file(case: tuple[P
         damaged = bytearray(raw)
         damaged[at] ^= 0x01
         path.write_bytes(damaged)
-        assert "unchanged" in failed(verify(path, proof))
+        assert "unchanged" in failed(checked(path, proof))
 
 
 def test_a_file_that_only_says_something_else_about_itself_fails_unchanged_alone(case: tuple[Path, Proof]) -> None:
     path, proof = case
     edited(path, lambda proto: setattr(proto, "doc_string", "changed"))
-    wrong = failed(verify(path, proof))
+    wrong = failed(checked(path, proof))
     assert set(wrong) == {"unchanged"}
     assert proof.sha256[:16] in wrong["unchanged"]
 
@@ -173,7 +226,7 @@ def test_a_file_that_only_says_something_else_about_itself_fails_unchanged_alone
 def test_a_file_that_cannot_be_opened_fails_every_check(case: tuple[Path, Proof], content: bytes) -> None:
     path, proof = case
     path.write_bytes(content)
-    assert set(failed(verify(path, proof))) == {"codes", "outputs", "unchanged"}
+    assert set(failed(checked(path, proof))) == {"codes", "outputs", "unchanged"}
 
 
 @pytest.mark.parametrize("layer", ["first", "second", "linear"])
@@ -188,7 +241,7 @@ def test_the_first_diverging_operation_is_the_one_whose_weight_was_changed(
         bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(3), bias.name))
 
     edited(path, change)
-    wrong = failed(verify(path, proof))
+    wrong = failed(checked(path, proof))
     assert set(wrong) == {"outputs", "unchanged"}
     proto = onnx.load(path)
     (node,) = [n for n in proto.graph.node if f"{layer}.bias" in n.input]
@@ -205,7 +258,7 @@ def test_an_operation_that_computes_something_else_is_named(case: tuple[Path, Pr
         node.op_type = "Sigmoid"
 
     edited(path, change)
-    assert re.search(r"first at Sigmoid \S+$", failed(verify(path, proof))["outputs"])
+    assert re.search(r"first at Sigmoid \S+$", failed(checked(path, proof))["outputs"])
 
 
 def test_the_first_diverging_operation_is_found_behind_a_mask_of_minus_infinity(tmp_path: Path) -> None:
@@ -223,15 +276,15 @@ def test_the_first_diverging_operation_is_found_behind_a_mask_of_minus_infinity(
     path, small = tmp_path / exporter.FILE, Compressed(model, {})
     exporter.write(exporter.convert(model), small, path)
     samples = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(np.float32)
-    proof = prove(small, [samples], "onnx", 1e-3, False, artifact_sha256(path))
-    assert failed(verify(path, proof)) == {}
+    proof = prove(small, [samples], "onnx", 1e-3, 0, artifact_sha256(path), "network")
+    assert failed(checked(path, proof)) == {}
 
     def change(proto: onnx.ModelProto) -> None:
         (node,) = [n for n in proto.graph.node if n.op_type == "Tanh"]
         node.op_type = "Sin"
 
     edited(path, change)
-    assert "first at Sin " in failed(verify(path, proof))["outputs"]
+    assert "first at Sin " in failed(checked(path, proof))["outputs"]
 
 
 def test_a_difference_within_the_tolerance_passes_and_one_beyond_it_does_not(case: tuple[Path, Proof]) -> None:
@@ -262,10 +315,10 @@ def test_infinities_of_another_sign_and_nan_are_told_apart(tmp_path: Path) -> No
     path = tmp_path / exporter.FILE
     small = Compressed(model, {})
     exporter.write(exporter.convert(model), small, path)
-    proof = prove(small, [np.array([[1, -1, 2, -2]], np.float32)], "onnx", 1e-3, False, artifact_sha256(path))
+    proof = prove(small, [np.array([[1, -1, 2, -2]], np.float32)], "onnx", 1e-3, 0, artifact_sha256(path), "network")
     (name,) = proof.outputs
     assert np.isposinf(proof.outputs[name]).sum() == 2
-    assert failed(verify(path, proof)) == {}
+    assert failed(checked(path, proof)) == {}
     for other in (-np.inf, np.nan):
         swapped = np.where(np.isinf(proof.outputs[name]), np.float32(other), proof.outputs[name])
         assert "outputs" in failed(verify(path, replace(proof, outputs={name: swapped})))
@@ -277,7 +330,7 @@ def test_another_network_in_the_file_s_place_fails_with_its_names_or_shapes(case
         model = from_module(module, [torch.zeros(1, *shape)])
         path.unlink()
         exporter.write(exporter.convert(model), Compressed(model, {}), path)
-        wrong = failed(verify(path, proof))
+        wrong = failed(checked(path, proof))
         assert set(wrong) == {"codes", "outputs", "unchanged"}
         assert re.search(r"shape|takes", wrong["outputs"])
 

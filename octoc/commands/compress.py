@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from octoc.commands import options
-from octoc.commands.terminal import work
+from octoc.commands.terminal import reader, work
 
 if TYPE_CHECKING:
     from octoc.report import Report
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @click.argument("model")
 @options.device(required=True)
 @click.option("--data", required=True, metavar="DATA", help="What quality is counted on: .npz (x, y), .npy, a folder.")
-@click.option("--out", required=True, type=options.FILE, metavar="DIR", help="Gets DEVICE/FORMAT/ and report.html.")
+@click.option("--out", type=options.FILE, metavar="DIR", help="Gets DEVICE/FORMAT/ and report.html; not for --dry-run.")
 @click.option(
-    "--calibration", metavar="DATA", help="Samples to calibrate on, no labels needed; else split from --data."
+    "--calibration", metavar="DATA", help="Samples to calibrate on, without those in --data; else split from it."
 )
 @options.weights_file
 @click.option(
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 @click.option(
     "--metric",
     metavar="METRIC",
-    help="top1, top5, loss, cosine or module:function. Default: top1 with integer labels, else cosine.",
+    help="top1, top5, loss, cosine or module:function. Default: top1 with class numbers, else cosine.",
 )
-@click.option("--recipe", type=options.FILE, metavar="FILE", help="Replay a recipe.json instead of planning.")
+@click.option("--recipe", type=options.FILE, metavar="FILE", help="Replay a recipe.json, instead of options that plan.")
 @click.option("--recompute", is_flag=True, help="With --recipe: compute codes anew, not from the proof beside it.")
 @options.devices_file
 @options.seed
@@ -53,15 +53,17 @@ if TYPE_CHECKING:
 @options.as_json
 @options.quiet
 @options.traceback
-def compress(out: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
+def compress(out: Path | None, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Compress MODEL for devices, write the artefacts, verify and report.
 
     MODEL is a .pt2 file of torch.export, or package.module:function that returns a module.
     """
+    if out is None and not chosen["dry_run"]:
+        raise click.UsageError("Missing option '--out'; only --dry-run goes without", click.get_current_context())
     with work(quiet, out) as progress:
         from octoc.pipeline import compress_model
 
-        report = compress_model(out=out, progress=progress, **chosen)
+        report = compress_model(out=out or Path(), progress=progress, **chosen)
     finish(report, None if chosen["dry_run"] else out, as_json, quiet)
 
 
@@ -69,14 +71,15 @@ def finish(report: Report, out: Path | None, as_json: bool, quiet: bool) -> None
     """Prints a report, and where its page is; raises where a goal or a check did not hold."""
     from octoc.report.verdict import require_held
 
-    if as_json:
-        click.echo(report.to_json(), nl=False)
-    elif not quiet:
-        from rich.console import Console
+    with reader():
+        if as_json:
+            click.echo(report.to_json(), nl=False)
+        elif not quiet:
+            from rich.console import Console
 
-        from octoc.report.terminal import print_report
+            from octoc.report.terminal import print_report
 
-        print_report(report, Console())
-        if out is not None:
-            click.echo(f"Report: {out / 'report.html'}")
+            print_report(report, Console())
+            if out is not None:
+                click.echo(f"Report: {out / 'report.html'}")
     require_held(report)

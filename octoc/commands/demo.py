@@ -8,7 +8,7 @@ import click
 
 from octoc.commands import options
 from octoc.commands.compress import finish
-from octoc.commands.terminal import work
+from octoc.commands.terminal import reader, work
 
 
 @click.command()
@@ -23,7 +23,8 @@ def demo(out: Path, as_json: bool, quiet: bool) -> None:
     with work(quiet, out) as progress:
         files = prepare(out, progress)
     if not (quiet or as_json):
-        click.echo("\n".join(command_lines(files)))
+        with reader():
+            click.echo("\n".join(command_lines(files)))
     with work(quiet, out) as progress:
         report = run(files, progress)
     finish(report, out, as_json, quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,32 @@ class Bars(Quiet):
         self.display.remove_task(self.running.pop())
 
 
+def reader_left(error: BaseException | None) -> bool:
+    """Whether an error says that whoever reads our output has gone; rich and click make a SystemExit of that."""
+    if isinstance(error, SystemExit):
+        error = error.__context__
+    return isinstance(error, OSError) and error.errno == errno.EPIPE
+
+
+def leave_stdout() -> None:
+    """Nobody reads on: Python must not try to write the rest of it at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+@contextmanager
+def reader() -> Iterator[None]:
+    """Printing inside: a reader that leaves early, as `head` does, changes nothing of how the command ends."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, SystemExit) as error:
+        if not reader_left(error):
+            raise
+        leave_stdout()
+
+
 @contextmanager
 def work(quiet: bool = False, out: Path | None = None) -> Iterator[Progress]:
     """Long work inside: bars on stderr where that is a terminal, libraries held silent unless `--traceback` is given.
@@ -59,13 +86,15 @@ def work(quiet: bool = False, out: Path | None = None) -> Iterator[Progress]:
         out: the folder of results, whose state an interrupted user wants to know.
 
     Raises:
-        HostError: interrupted.
+        HostError: interrupted, or a pipe between us and a process of a library broke.
     """
     try:
         with _watched(quiet) as progress:
             yield progress
     except (KeyboardInterrupt, Exception) as error:
         if not isinstance(error, KeyboardInterrupt) and not interrupt.received():
+            if reader_left(error):  # not ours to forgive: no one reads along while work runs
+                raise HostError(f"a pipe that the work needs broke: {error}") from error
             raise
         if sys.stderr.isatty():
             click.echo(err=True)  # the terminal has just written ^C

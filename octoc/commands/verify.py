@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from octoc.commands import options
-from octoc.commands.terminal import work
+from octoc.commands.terminal import reader, work
 
 
 @click.command()
@@ -24,11 +24,12 @@ def verify(artifact: Path, proof: Path | None, as_json: bool, quiet: bool) -> No
         from octoc.verify import require, verify_file
 
         checks = verify_file(artifact, proof)
-    if as_json:
-        held = all(check.held for check in checks)
-        found = {"artifact": str(artifact), "held": held, "checks": [asdict(check) for check in checks]}
-        click.echo(json.dumps(found, indent=1))
-    elif not quiet:
-        for check in checks:
-            click.echo(f"{'ok  ' if check.held else 'FAIL'}  {check.name}: {check.detail}")
+    with reader():
+        if as_json:
+            held = all(check.held for check in checks)
+            found = {"artifact": str(artifact), "held": held, "checks": [asdict(check) for check in checks]}
+            click.echo(json.dumps(found, indent=1))
+        elif not quiet:
+            for check in checks:
+                click.echo(f"{'ok  ' if check.held else 'FAIL'}  {check.name}: {check.detail}")
     require(checks, artifact)

@@ -1,4 +1,8 @@
-"""Run an artefact: one module per format, each with `open_session(path, threads) -> Session`."""
+"""Run an artefact: one module per format, each with
+
+open_session(path, threads) -> Session
+integer_operations(path) -> int         how many layers with a weight run in integers
+"""
 
 from __future__ import annotations
 

@@ -171,14 +171,16 @@ def _array(tensor: torch.Tensor, dtype: str) -> np.ndarray:
     return array.astype(np.float16) if dtype == "FLOAT16" else array
 
 
+# Operations with a weight, and the parameter that it is.
+_WEIGHTS = {"conv": "weight", "conv_transpose": "weight", "linear": "weight", "matmul": "y"}
+_CODES = ("constexpr_affine_dequantize", "constexpr_blockwise_shift_scale")
 # Operations that hand on what they read: an int8 value stays one behind them.
 _MOVES = {"cast", "identity", "pad", "reshape", "transpose", "expand_dims", "squeeze", "slice_by_index"}
 
 
-def float_operations(path: Path) -> list[str]:
-    """Convolutions and linear layers that do not read `dequantize` and int8 weights: no device may fuse them."""
-    program = read_program(Path(path))
-    operations = program.main.operations
+def integer_operations(path: Path) -> int:
+    """How many convolutions and products read `dequantize` and codes: those that a device can run in integers."""
+    operations = read_program(Path(path)).main.operations
     producers = {name: operation for operation in operations for name in operation.outputs}
 
     def source(operation: Operation, parameter: str) -> str:
@@ -189,9 +191,8 @@ def float_operations(path: Path) -> list[str]:
             before = producers.get(value) if isinstance(value, Name) else None
         return "" if before is None else before.kind
 
-    return [
-        f"{operation.kind} {operation.name}"
+    return sum(
+        source(operation, "x") == "dequantize" and source(operation, _WEIGHTS[operation.kind]) in _CODES
         for operation in operations
-        if operation.kind in ("conv", "conv_transpose", "linear")
-        and (source(operation, "x") != "dequantize" or not source(operation, "weight").startswith("constexpr"))
-    ]
+        if operation.kind in _WEIGHTS
+    )

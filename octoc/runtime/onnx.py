@@ -32,6 +32,15 @@ _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(bool
 
 # 3 keeps errors and drops warnings: onnxruntime warns of its own optimiser's leftovers.
 _ERRORS_ONLY = 3
+# Operations with integer kernels, and which input is the weight.
+_INTEGER_WEIGHTS = {
+    "QLinearConv": 3,
+    "QGemm": 3,
+    "QLinearMatMul": 3,
+    "ConvInteger": 1,
+    "MatMulInteger": 1,
+    "MatMulIntegerToFloat": 1,
+}
 _FLOAT32_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 
 
@@ -144,10 +153,14 @@ def open_session(path: Path, threads: int | None = None, exact: bool = True) -> 
 
 def optimized_operations(path: Path) -> Counter[str]:
     """How often each operation stands in the graph that onnxruntime makes of the file."""
+    return Counter(node.op_type for node in _optimized(path).node)
+
+
+def _optimized(path: Path) -> onnx.GraphProto:
     with TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         _engine(_parse(path).SerializeToString(), path, optimized=optimized)
-        return Counter(node.op_type for node in _parse(optimized).graph.node)
+        return _parse(optimized).graph
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -205,7 +218,9 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def float_operations(path: Path) -> list[str]:
-    """Convolutions and fully connected layers that onnxruntime computes in floats, counted by kind."""
-    counted = optimized_operations(path)
-    return [f"{counted[kind]} {kind}" for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm") if counted[kind]]
+def integer_operations(path: Path) -> int:
+    """How many convolutions and products with a constant weight onnxruntime computes in integers."""
+    graph = _optimized(path)
+    constants = {tensor.name for tensor in graph.initializer}
+    found = (node.input[_INTEGER_WEIGHTS[node.op_type]] for node in graph.node if node.op_type in _INTEGER_WEIGHTS)
+    return sum(name in constants for name in found)

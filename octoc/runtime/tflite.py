@@ -326,21 +326,26 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def float_operations(path: Path) -> list[str]:
-    """Convolutions and fully connected layers of a file whose result is not an integer."""
+# Their second input is the weight.
+_WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL")
+
+
+def integer_operations(path: Path) -> int:
+    """How many convolutions and fully connected layers of a file have an integer result and a constant int8 weight."""
     content = read_checked(path)
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-    kinds = {
-        getattr(schema.BuiltinOperator, kind): kind for kind in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
-    }
-    found = []
+    kinds = {getattr(schema.BuiltinOperator, kind) for kind in _WEIGHTED}
+    integers = (schema.TensorType.INT8, schema.TensorType.INT16)
+    count = 0
     for graph in model.subgraphs:
+        computed = {i for operator in graph.operators for i in operator.outputs} | set(graph.inputs)
         for operator in graph.operators:
             code = model.operatorCodes[operator.opcodeIndex]
-            kind = kinds.get(max(code.builtinCode, code.deprecatedBuiltinCode))
-            result = graph.tensors[operator.outputs[0]]
-            if kind is not None and result.type == schema.TensorType.FLOAT32:
-                found.append(f"{kind} {result.name.decode()}")
-    return found
+            if max(code.builtinCode, code.deprecatedBuiltinCode) not in kinds:
+                continue
+            weight, result = operator.inputs[1], graph.tensors[operator.outputs[0]]
+            constant = weight not in computed and graph.tensors[weight].type == schema.TensorType.INT8
+            count += constant and result.type in integers
+    return count
