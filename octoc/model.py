@@ -255,6 +255,7 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return dropped
 
 
+@torch.no_grad()
 def evaluate(
     model: Model,
     values: dict[fx.Node, Any],
@@ -262,7 +263,6 @@ def evaluate(
     observe: Observer | None = None,
     only: Iterable[fx.Node] | None = None,
     keep: bool = False,
-    gradients: bool = False,
 ) -> tuple[Tensor, ...]:
     """Evaluates the graph node by node.
 
@@ -273,23 +273,10 @@ def evaluate(
         observe: called with each operation's node and its value.
         only: nodes to evaluate, in graph order (the others' values must be given); all where None.
         keep: keep every value instead of dropping it after its last use.
-        gradients: record what autograd needs.
 
     Returns:
         The outputs, as a tuple; empty where `only` leaves the output node out.
     """
-    with torch.set_grad_enabled(gradients):
-        return _evaluate(model, values, overrides, observe, only, keep)
-
-
-def _evaluate(
-    model: Model,
-    values: dict[fx.Node, Any],
-    overrides: Mapping[str, Tensor] | None,
-    observe: Observer | None,
-    only: Iterable[fx.Node] | None,
-    keep: bool,
-) -> tuple[Tensor, ...]:
     dropped = {} if keep else last_uses(model.graph)
     chosen = model.graph.nodes if only is None else only
     for node in chosen:

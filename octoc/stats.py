@@ -23,26 +23,23 @@ class Histogram:
         self.lowest = np.inf
         self.highest = -np.inf
 
-    def update(self, values: NDArray[np.float32], weights: NDArray[np.float32] | None = None) -> None:
+    def update(self, values: NDArray[np.float32]) -> None:
         """Counts finite values; infinities (attention masks) are left out.
 
         Args:
             values: any shape.
-            weights: what each value counts, of the same shape; 1 where None. A weight that is not finite counts 0.
         """
         values = values.ravel()
-        weights = None if weights is None else np.nan_to_num(weights.ravel(), nan=0.0, posinf=0.0)
         low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
         if not (np.isfinite(low) and np.isfinite(high)):
-            finite = np.isfinite(values)
-            values, weights = values[finite], None if weights is None else weights[finite]
+            values = values[np.isfinite(values)]
             low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
         if values.size == 0:
             return
         self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
         reach = max(-low, high)
         if reach == 0:
-            self.counts[BINS // 2] += values.size if weights is None else weights.sum(dtype=np.float64)
+            self.counts[BINS // 2] += values.size
             return
         if self.limit == 0:
             zeros = self.counts[BINS // 2]
@@ -58,7 +55,7 @@ class Histogram:
         # float32 is twice as fast, but its width is 0 at one end and its sum infinite at the other
         kind = np.float32 if _SMALL < self.limit < _LARGE else np.float64
         index = np.minimum((values + kind(self.limit)) / kind(width), BINS - 1).astype(np.int32)
-        self.counts += np.bincount(index, weights, minlength=BINS)
+        self.counts += np.bincount(index, minlength=BINS)
 
     @property
     def centres(self) -> NDArray[np.float64]:

@@ -18,7 +18,6 @@ from octoc.device import Device
 from octoc.errors import UsageError
 from octoc.evaluate import model_calls, open_session, predict, predict_model
 from octoc.export import Exporter, exporter
-from octoc.fisher import obstacle
 from octoc.metrics import Metric
 from octoc.model import Layer, Model, operation
 from octoc.options import Options
@@ -27,9 +26,8 @@ from octoc.profile import Profile
 from octoc.progress import Clock
 from octoc.proof import Array, artifact_bytes
 from octoc.qtensor import QTensor, Scheme
-from octoc.quantize.activations import integer_layers
+from octoc.quantize.activations import calibrate, integer_layers
 from octoc.quantize.bias import channel_means, corrections
-from octoc.quantize.calibrate import calibrate
 from octoc.quantize.equalize import exponents
 from octoc.recipe import CorrectBiases, Decision, Encode, Equalize, QuantizeActivations, Recipe
 from octoc.report import Note
@@ -67,7 +65,6 @@ class Shared:
     bases: dict[tuple[str, str], Any] = field(default_factory=dict)
     encoders: dict[str, Encoder] = field(default_factory=dict)
     activation_steps: tuple[Equalize | QuantizeActivations, ...] = ()
-    skipped: list[Note] = field(default_factory=list)
 
     def activated(self) -> tuple[Model, tuple[Equalize | QuantizeActivations, ...]]:
         """The network with int8 activations where they are asked for, and the steps that made it so."""
@@ -83,17 +80,8 @@ class Shared:
             powers = exponents(self.shaped, self._batches())
         steps = (Equalize(powers),) if powers else ()
         with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
-            ranges = calibrate(restructure(self.shaped, steps), self._batches(), classes=self._classes())
+            ranges = calibrate(restructure(self.shaped, steps), self._batches())
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
-
-    def _classes(self) -> bool | None:
-        """What the outputs are to `octoc.fisher`; None where it cannot weigh errors, which the report then says."""
-        classes = self.profile is not None and self.profile.divergence == "kl"
-        reason = obstacle(self.shaped, classes)
-        if reason is None:
-            return classes
-        self.skipped.append(Note("activations", f"the errors of all values count alike: {reason}"))
-        return None
 
     def samples(self) -> list[tuple[torch.Tensor, ...]]:
         """Calibration samples for what is measured in a few calls, as the network takes them."""
@@ -121,7 +109,7 @@ class Workbench:
         self.layers = self.model.layers()
         self.integers = set(integer_layers(self.model))
         self.encoder = shared.encoders.setdefault("int8" if self.integer else "float", self._encoder())
-        self.skipped: list[Note] = [*shared.skipped]
+        self.skipped: list[Note] = []
         self.schemes = self._schemes()
         self.search = self._search()
 

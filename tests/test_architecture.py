@@ -17,7 +17,7 @@ FLOORS = (
     {"errors"},
     {"units", "yaml_nodes", "accelerator", "device", "qtensor", "recipe", "reference", "progress", "metrics"}
     | {"report", "plan", "stats"},
-    {"model", "graph", "compressed", "fisher", "load", "samples", "data", "images"},
+    {"model", "graph", "compressed", "load", "samples", "data", "images"},
     {"quantize", "prune", "lowrank", "recover", "export", "runtime"},
     {"evaluate", "proof", "profile", "placement", "search", "apply", "verify", "inspect", "bench", "fl_hooks"},
     {"options", "workbench", "summary", "artifact", "pipeline"},

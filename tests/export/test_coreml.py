@@ -26,8 +26,7 @@ from octoc.graph import fold_batch_norm
 from octoc.load.module import from_module
 from octoc.model import Layer, Model
 from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Scheme, Sparse, difference
-from octoc.quantize.activations import Range, rewrite
-from octoc.quantize.calibrate import calibrate
+from octoc.quantize.activations import Range, calibrate, rewrite
 from octoc.runtime.coreml import open_session
 from octoc.runtime.mil.reader import read_program
 from octoc.runtime.mil.storage import decode

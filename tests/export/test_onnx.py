@@ -23,8 +23,7 @@ from octoc.graph import fold_batch_norm
 from octoc.load.module import from_module
 from octoc.model import KINDS, Layer, Model
 from octoc.qtensor import Affine, Cast, Palette, QTensor, Scheme, Sparse, difference, expand
-from octoc.quantize.activations import encode_bias, integer_layers, rewrite
-from octoc.quantize.calibrate import calibrate
+from octoc.quantize.activations import calibrate, encode_bias, integer_layers, rewrite
 from octoc.runtime import onnx as runtime
 from tests.networks import trained_resnet20
 

@@ -26,8 +26,7 @@ from octoc.load.module import from_module
 from octoc.model import KINDS, Layer, Model
 from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Scheme, Sparse, difference
 from octoc.quantize import encode
-from octoc.quantize.activations import encode_bias, integer_layers, rewrite, separate_biases
-from octoc.quantize.calibrate import calibrate
+from octoc.quantize.activations import calibrate, encode_bias, integer_layers, rewrite, separate_biases
 from octoc.runtime.tflite import open_session
 from tests.networks import trained_resnet20
 

@@ -23,6 +23,8 @@ from octoc.quantize.activations import (
     HIGH,
     LOW,
     Range,
+    calibrate,
+    choose_range,
     encode_bias,
     integer_layers,
     make_room,
@@ -30,7 +32,6 @@ from octoc.quantize.activations import (
     rewrite,
     separate_biases,
 )
-from octoc.quantize.calibrate import calibrate, choose_range
 from octoc.stats import Histogram
 
 Floats = NDArray[np.float64]

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from octoc.graph import bias_of, fold_batch_norm
 from octoc.load.module import from_module
 from octoc.model import KINDS, Model
-from octoc.quantize.activations import Range
+from octoc.quantize.activations import Range, calibrate
 from octoc.quantize.activations import rewrite as quantize
 from octoc.quantize.bias import channel_means, corrections, rewrite
-from octoc.quantize.calibrate import calibrate
 
 
 class Net(nn.Module):
