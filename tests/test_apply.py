@@ -28,8 +28,7 @@ from octoc.load.module import from_module
 from octoc.model import Layer, Model, aten
 from octoc.prune.magnitude import prune
 from octoc.qtensor import Affine, Cast, QTensor, Scheme
-from octoc.quantize.activations import Range
-from octoc.quantize.calibrate import calibrate
+from octoc.quantize.activations import Range, calibrate
 from octoc.recipe import CorrectBiases, Encode, Equalize, Factorize, FoldBatchNorm, Prune, QuantizeActivations
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,7 @@ from octoc.export import onnx as exporter
 from octoc.load.module import from_module
 from octoc.proof import NAME, Proof, artifact_sha256, prove, write_proof
 from octoc.qtensor import Affine
-from octoc.quantize.calibrate import calibrate
+from octoc.quantize.activations import calibrate
 from octoc.recipe import Encode
 from octoc.report import Check
 from octoc.verify import format_of, require, unchanged, verify, verify_file

@@ -87,18 +87,18 @@ def exponents(model: Model, batches: Iterable[tuple[Tensor, ...]]) -> dict[str, 
     """Powers of two by which each pair's channels are divided, by the name of the first operation."""
     wanted = {pair.first: pair for pair in pairs(model)}
     linear = {node.name for node in model.graph.nodes if node.target is aten.linear.default}
-    largest: dict[str, np.ndarray[Any, Any]] = {}
+    peaks: dict[str, list[Tensor]] = {}
 
     def note(node: fx.Node, value: Any) -> None:
         if node.name in wanted:
             channel = value.dim() - 1 if node.name in linear else 1
-            peak = value.abs().amax([i for i in range(value.dim()) if i != channel]).numpy()
-            largest[node.name] = np.maximum(largest.get(node.name, 0.0), peak)
+            peaks.setdefault(node.name, []).append(value.abs().amax([i for i in range(value.dim()) if i != channel]))
 
     for batch in batches:
         model.run(*batch, observe=note)
     found = {}
-    for first, peak in largest.items():
+    for first, each in peaks.items():
+        peak = torch.stack(each).mean(0).numpy()  # the largest of all would follow a single odd sample
         ratio = np.log2(np.maximum(peak / max(float(peak.max()), 1e-30), 2.0**-_MOST))
         power = np.round(ratio if wanted[first].depthwise else ratio / 2).astype(int)
         if power.any():
