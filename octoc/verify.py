@@ -116,10 +116,10 @@ def _outputs(session: Session, proof: Proof) -> Check:
             return Check(
                 "outputs",
                 False,
-                f"{name} differs by {error:.2e} of its largest magnitude, allowed {proof.tolerance:.0e}; {where}",
+                f"{name} differs by {error:.2e} of its largest magnitude, allowed {proof.tolerance:g}; {where}",
             )
     return Check(
-        "outputs", True, f"largest difference {worst:.1e} of {proof.tolerance:.0e} allowed, {_calls(proof)} probes"
+        "outputs", True, f"largest difference {worst:.1e} of {proof.tolerance:g} allowed, {_calls(proof)} probes"
     )
 
 
