@@ -36,8 +36,9 @@ def build(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
     if options.recipe is not None:
         outcome = _replay(bench)
     else:
-        search.measure_overhead()
-        outcome = search.run(options.max_size)
+        if bench.plans:
+            search.measure_overhead()
+        outcome = search.run(bench.max_size)
     with shared.clock.stage("verify", f"Verifying {job.device.id} {job.format}"):
         checks = _verify(bench, outcome)
     (bench.folder / "recipe.json").write_text(bench.recipe(outcome.plan, outcome.small).to_json())
@@ -60,10 +61,14 @@ def plan_only(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport
     bench = Workbench(job, shared, work)
     search, options = bench.search, shared.options
     search.measure_overhead()
-    budget = options.max_size if options.max_size is not None else search.reachable()[1]
+    budget = bench.max_size if bench.max_size is not None else search.reachable()[1]
     found = _planned(bench) if options.recipe else search.within(budget) or search.smallest()
     nbytes = sum(choice.nbytes for choice in found) + search.overhead
-    return summarize(bench, found, nbytes, search.reachable())
+    report = summarize(bench, found, nbytes, search.reachable())
+    if options.max_drop is None:
+        return report
+    searched = "the plan of best quality in that size; a run looks for the smallest within --max-drop by counting"
+    return replace(report, notes=(*report.notes, searched))
 
 
 def _require_same_network(shared: Shared) -> None:
@@ -107,7 +112,7 @@ def _verify(bench: Workbench, outcome: Outcome) -> list[Check]:
     proof = prove(outcome.small, samples, bench.job.format, TOLERANCE[kind], integer, digest, model)
     write_proof(proof, bench.folder / PROOF)
     checks = verify(outcome.path, proof)
-    if not integer and (bench.integer or bench.options.activations == "int8"):
+    if not integer and bench.wants_int8:
         checks.append(Check("integer operations", False, "no operation of this network runs in integers"))
     return checks
 

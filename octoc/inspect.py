@@ -17,7 +17,7 @@ from octoc.errors import UsageError
 from octoc.graph import fold_batch_norm
 from octoc.load import load_model
 from octoc.model import Model
-from octoc.placement import fallbacks
+from octoc.placement import fallbacks, runs_only_int8
 from octoc.report import Note
 
 # Activations of an artefact whose weights alone are compressed, as its exporter writes them.
@@ -109,7 +109,7 @@ def inspect_model(
     data: str | None = None,
     shapes: Sequence[str] = (),
     devices: Sequence[str] = (),
-    activations: str = "float",
+    activations: str | None = None,
     devices_file: Path | None = None,
 ) -> Inspection:
     """Reads a network and says what is in it.
@@ -120,7 +120,7 @@ def inspect_model(
         data: samples that give the shapes of a factory's inputs.
         shapes: or these shapes themselves, one for each input, samples first: "1,3,32,32".
         devices: profile ids.
-        activations: "float" or "int8".
+        activations: "float" or "int8"; None means floats, and int8 where the device runs nothing else.
         devices_file: further device profiles.
 
     Raises:
@@ -145,7 +145,8 @@ def inspect_model(
     refusals = []
     for device in chosen:
         fmt = device.formats[0]
-        dtype = "int8" if activations == "int8" else _FLOAT.get(fmt, "float32")
+        wanted = activations or ("int8" if runs_only_int8(device, fmt) else "float")
+        dtype = "int8" if wanted == "int8" else _FLOAT.get(fmt, "float32")
         runners = device.runners(fmt)
         name = runners[0].name if runners else None
         refused = fallbacks(folded, device, fmt, dtype)

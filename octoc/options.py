@@ -23,7 +23,7 @@ class Options:
     max_size: int | None = None
     max_drop: Drop | None = None
     weights: str | None = None
-    activations: str = "float"
+    activations: str | None = None
     sparsity: float | None = None
     rank: float | None = None
     seed: int = 0
@@ -38,7 +38,7 @@ def parse_options(
     max_size: str | float | None,
     max_drop: str | float | None,
     weights: str | None,
-    activations: str,
+    activations: str | None,
     sparsity: float | None,
     rank: float | None,
     seed: int,
@@ -52,7 +52,7 @@ def parse_options(
         UsageError: a value cannot be meant, or would be ignored beside another.
         ArtifactError: the proof beside the recipe is damaged.
     """
-    if activations not in ("float", "int8"):
+    if activations not in (None, "float", "int8"):
         raise UsageError(f"activations {activations!r}: choose float or int8")
     replayed = None
     if recipe is None:
@@ -61,7 +61,7 @@ def parse_options(
     else:
         steering = {
             "weights": weights,
-            "activations": None if activations == "float" else activations,
+            "activations": activations,
             "sparsity": sparsity,
             "rank": rank,
         }

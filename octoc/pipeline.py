@@ -19,14 +19,13 @@ from octoc.artifact import build, plan_only
 from octoc.data import Dataset, load_data, split_calibration
 from octoc.device import Device, find_device, load_devices
 from octoc.errors import HostError, ModelError, UsageError
-from octoc.evaluate import model_calls, predict_model
+from octoc.evaluate import predict_model
 from octoc.export import formats as known_formats
 from octoc.load import load_model
 from octoc.metrics import class_numbers, default_metric, get_metric
 from octoc.model import Model
 from octoc.options import Options, parse_options
 from octoc.placement import offers, sparse_offers
-from octoc.profile import Profile, measure
 from octoc.progress import Clock, Progress, Silent
 from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune
 from octoc.report import ArtifactReport, Report
@@ -35,8 +34,6 @@ from octoc.workbench import Job, Shared
 if TYPE_CHECKING:
     from torch import nn
 
-PROFILE_SAMPLES = 64
-FEW_SAMPLES = 16  # where the network fixes its batch, and each call measures all layers anew
 ALL = "all"  # the format that stands for every format of a device
 
 
@@ -52,7 +49,7 @@ def compress_model(
     max_size: str | float | None = None,
     max_drop: str | float | None = None,
     weights: str | None = None,
-    activations: str = "float",
+    activations: str | None = None,
     sparsity: float | None = None,
     rank: float | None = None,
     metric: str | None = None,
@@ -79,7 +76,7 @@ def compress_model(
         max_drop: allowed loss of quality, points or text such as "1%".
         weights: encoding of every weight, such as "int8" or "int4-group32"; None lets the planner choose where there
             is a goal, and means "int8" where there is none.
-        activations: "float" or "int8".
+        activations: "float" or "int8"; None means floats, and int8 where the device runs nothing else.
         sparsity: fraction of weights that magnitude pruning sets to zero.
         rank: share of the full rank that truncated SVD keeps, where that saves.
         metric: name of a metric or `module:function`; top-1 with class numbers, else cosine.
@@ -126,14 +123,11 @@ def compress_model(
             quality = chosen(outputs[0], target)
         steps = options.recipe.steps if options.recipe else _structure(network, options)
         shaped = restructure(network, [s for s in steps if isinstance(s, Prune | Factorize | FoldBatchNorm)])
-        classes = chosen.name in ("top1", "top5", "loss")
-        profile = None if options.recipe else _measure(shaped, calibrated, classes, options.seed, clock)
         shared = Shared(
             original=network,
             fingerprint=fingerprint(network),
             shaped=shaped,
             structure=tuple(s for s in steps if isinstance(s, Prune | Factorize | FoldBatchNorm)),
-            profile=profile,
             data=counted,
             calibration=calibrated,
             metric=chosen,
@@ -275,14 +269,6 @@ def _structure(network: Model, options: Options) -> tuple[Decision, ...]:
 
         steps += [Factorize(name, rank) for name, rank in planned_ranks(network, options.rank).items()]
     return (*steps, FoldBatchNorm())
-
-
-def _measure(shaped: Model, calibrated: Dataset, classes: bool, seed: int, clock: Clock) -> Profile:
-    samples = model_calls(shaped, calibrated.inputs, PROFILE_SAMPLES if shaped.dynamic_batch else FEW_SAMPLES)
-    with clock.stage("profile", "Measuring every layer's sensitivity", len(shaped.layers()) * len(samples)):
-        found = [measure(shaped, call, classes, seed, clock.progress.advance) for call in samples]
-    mean = {name: sum(p.sensitivity[name] for p in found) / len(found) for name in found[0].sensitivity}
-    return replace(found[0], sensitivity=mean, samples=sum(p.samples for p in found))
 
 
 @contextmanager

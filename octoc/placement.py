@@ -71,6 +71,12 @@ def sparse_offers(device: Device, fmt: str) -> tuple[Offer, ...]:
     return tuple(found.values())
 
 
+def runs_only_int8(device: Device, fmt: str) -> bool:
+    """Whether no accelerator of the device runs float activations in a format."""
+    dtypes = [name for accelerator in device.runners(fmt) for name in device.activations(accelerator)]
+    return "int8" in dtypes and not any(name.startswith("float") for name in dtypes)
+
+
 def choices(
     layer: Layer, operations: Sequence[str], offered: Sequence[Offer], writer: Exporter, integer: bool
 ) -> tuple[list[Scheme], dict[str, str]]:

@@ -216,6 +216,7 @@ class Search:
 
     def _counted(self, found: Plan, compressed: Compressed, path: Path, nbytes: int) -> Outcome:
         quality = self.tools.count(path)
+        self.overhead = self.overhead or nbytes - payload(found)  # not measured where there was nothing to plan
         self.points = [
             p if p.kind != "chosen" else Point(p.nbytes, p.predicted, p.quality, "tried") for p in self.points
         ]

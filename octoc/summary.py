@@ -61,6 +61,10 @@ def _goals(bench: Workbench, nbytes: int, quality: float | None, reachable: tupl
         if nbytes > options.max_size:
             detail += f"; the smallest reachable here is {reachable[0]} B"
         goals.append(Check("size", nbytes <= options.max_size, detail, float(options.max_size)))
+    if bench.limit is not None:
+        fits = nbytes <= bench.limit.nbytes
+        detail = f"{format_size(nbytes)} of {format_size(bench.limit.nbytes)}: {bench.limit.why}"
+        goals.append(Check("memory", fits, detail if fits else f"{detail}; the smallest reachable is {reachable[0]} B"))
     if options.max_drop is not None and quality is not None:
         limit = options.max_drop.limit(shared.quality, shared.metric)
         held = options.max_drop.holds(quality, shared.quality, shared.metric)
@@ -76,17 +80,17 @@ def _goals(bench: Workbench, nbytes: int, quality: float | None, reachable: tupl
 
 def _lines(bench: Workbench, plan: Plan) -> list[LayerLine]:
     chosen = {choice.key[0]: choice for choice in plan}
-    sensitivity = bench.shared.profile.sensitivity if bench.shared.profile else {}
     lines = []
     for layer in bench.layers:
         choice = chosen.get(layer.name)
         scheme, nbytes, error = "float32", 4 * layer.size, 0.0
         if choice is not None:
-            scheme, nbytes = str(choice.key[1]), choice.nbytes
+            tensor = bench.encoder(layer, choice.key[1], bench.dtype)
+            scheme, nbytes = str(choice.key[1]), tensor.nbytes
             weight = bench.model.tensors[layer.name].detach().numpy().astype(np.float64)
-            off = weight - bench.encoder(layer, choice.key[1], bench.dtype).dequantize()
+            off = weight - tensor.dequantize()
             error = float(np.linalg.norm(off) / max(float(np.linalg.norm(weight)), 1e-30))
-        measured = sensitivity.get(layer.name)
+        measured = bench.sensitivity.get(layer.name)
         bits = 8 * nbytes / layer.size
         lines.append(LayerLine(layer.name, layer.kind, layer.shape, layer.macs, scheme, bits, nbytes, measured, error))
     return lines

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from octoc import __version__
@@ -18,11 +19,12 @@ from octoc.device import Device
 from octoc.errors import UsageError
 from octoc.evaluate import model_calls, open_session, predict, predict_model
 from octoc.export import Exporter, exporter
+from octoc.memory import model_limit, peak_activation_bytes
 from octoc.metrics import Metric
 from octoc.model import Layer, Model, operation
 from octoc.options import Options
-from octoc.placement import choices, offers, offers_of, sparse_offers
-from octoc.profile import Profile
+from octoc.placement import choices, offers, offers_of, runs_only_int8, sparse_offers
+from octoc.profile import Profile, measure
 from octoc.progress import Clock
 from octoc.proof import Array, artifact_bytes
 from octoc.qtensor import QTensor, Scheme
@@ -34,6 +36,8 @@ from octoc.report import Note
 from octoc.search import Plan, Search, Tools
 
 CALIBRATION_BATCH = 32
+PROFILE_SAMPLES = 64
+FEW_SAMPLES = 16  # where the network fixes its batch, and each call measures all layers anew
 SAMPLES = 64  # enough for the mean of a channel, few enough to keep every value of one evaluation
 
 
@@ -53,7 +57,6 @@ class Shared:
     fingerprint: str
     shaped: Model
     structure: tuple[Decision, ...]
-    profile: Profile | None
     data: Dataset
     calibration: Dataset
     metric: Metric
@@ -64,16 +67,19 @@ class Shared:
     clock: Clock
     bases: dict[tuple[str, str], Any] = field(default_factory=dict)
     encoders: dict[str, Encoder] = field(default_factory=dict)
-    activation_steps: tuple[Equalize | QuantizeActivations, ...] = ()
+    calibrated: tuple[Equalize | QuantizeActivations, ...] = ()
+    measured: Profile | None = None
 
-    def activated(self) -> tuple[Model, tuple[Equalize | QuantizeActivations, ...]]:
-        """The network with int8 activations where they are asked for, and the steps that made it so."""
+    def activated(self, integer: bool) -> tuple[Model, tuple[Equalize | QuantizeActivations, ...]]:
+        """The network with int8 activations where they are wanted or the recipe has them, and the steps to it."""
         recipe = self.options.recipe
         if recipe is not None:
-            self.activation_steps = tuple(s for s in recipe.steps if isinstance(s, Equalize | QuantizeActivations))
-        elif self.options.activations == "int8" and not self.activation_steps:
-            self.activation_steps = self._calibrate()
-        return restructure(self.shaped, self.activation_steps), self.activation_steps
+            steps = tuple(s for s in recipe.steps if isinstance(s, Equalize | QuantizeActivations))
+        elif integer:
+            steps = self.calibrated = self.calibrated or self._calibrate()
+        else:
+            steps = ()
+        return restructure(self.shaped, steps), steps
 
     def _calibrate(self) -> tuple[Equalize | QuantizeActivations, ...]:
         with self.clock.stage("calibrate", "Equalising channels", len(self.calibration)):
@@ -82,6 +88,22 @@ class Shared:
         with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
             ranges = calibrate(restructure(self.shaped, steps), self._batches())
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
+
+    def profile(self) -> Profile:
+        """Every weight's sensitivity, measured when the first artefact needs it."""
+        if self.measured is None:
+            shaped, classes = self.shaped, self.metric.name in ("top1", "top5", "loss")
+            samples = model_calls(
+                shaped, self.calibration.inputs, PROFILE_SAMPLES if shaped.dynamic_batch else FEW_SAMPLES
+            )
+            advance = self.clock.progress.advance
+            with self.clock.stage(
+                "profile", "Measuring every layer's sensitivity", len(shaped.layers()) * len(samples)
+            ):
+                found = [measure(shaped, call, classes, self.options.seed, advance) for call in samples]
+            mean = {name: sum(p.sensitivity[name] for p in found) / len(found) for name in found[0].sensitivity}
+            self.measured = replace(found[0], sensitivity=mean, samples=sum(p.samples for p in found))
+        return self.measured
 
     def samples(self) -> list[tuple[torch.Tensor, ...]]:
         """Calibration samples for what is measured in a few calls, as the network takes them."""
@@ -100,13 +122,21 @@ class Workbench:
     def __init__(self, job: Job, shared: Shared, work: Path) -> None:
         self.job, self.shared, self.options, self.clock = job, shared, shared.options, shared.clock
         self.writer: Exporter = exporter(job.format)
-        self.model, self.activation_steps = shared.activated()
+        self.wants_int8 = shared.options.activations == "int8" or (
+            shared.options.activations is None and runs_only_int8(job.device, job.format)
+        )
+        self.model, self.activation_steps = shared.activated(self.wants_int8)
         self._means: dict[str, torch.Tensor] | None = None
         self.integer = any(isinstance(step, QuantizeActivations) for step in self.activation_steps)
         self.folder = work / job.device.id / job.format
         self.base = self._converted()
         self.dtype: str = getattr(self.base, "compute", "float32")
         self.layers = self.model.layers()
+        self.limit = model_limit(
+            job.device, peak_activation_bytes(shared.shaped, 1 if self.integer else np.dtype(self.dtype).itemsize)
+        )
+        self.plans, self.max_size = self._goal()
+        self.sensitivity = shared.profile().sensitivity if self.plans else {}
         self.integers = set(integer_layers(self.model))
         self.encoder = shared.encoders.setdefault("int8" if self.integer else "float", self._encoder())
         self.skipped: list[Note] = []
@@ -124,6 +154,15 @@ class Workbench:
             with self.clock.stage("converters", f"Converting to {self.job.format}"):
                 self.shared.bases[key] = self.writer.convert(self.model)
         return self.shared.bases[key]
+
+    def _goal(self) -> tuple[bool, int | None]:
+        """Whether the planner weighs encodings, and the budget: the smaller of the user's and what the device holds."""
+        options, limit = self.options, self.limit
+        crowded = limit is not None and sum(layer.size for layer in self.layers) > limit.nbytes
+        asked = options.max_size is not None or options.max_drop is not None or options.weights == "auto"
+        plans = options.recipe is None and (asked or (crowded and options.weights is None))
+        held = [size for size in (options.max_size, limit.nbytes if limit and plans else None) if size is not None]
+        return plans, min(held, default=None)
 
     def _schemes(self) -> dict[str, list[Scheme]]:
         """What may be chosen for each weight; weights without any choice are skipped with the reason."""
@@ -182,8 +221,7 @@ class Workbench:
     def _asked_text(self) -> str:
         if self.options.weights is not None:
             return self.options.weights
-        goals = self.options.max_size is not None or self.options.max_drop is not None
-        return "" if goals else "int8"
+        return "" if self.plans else "int8"
 
     def _asked(self, scheme: Scheme) -> bool:
         """`int8` stands for every encoding that begins so; nothing asked for leaves the choice to the planner."""
@@ -211,7 +249,6 @@ class Workbench:
         return notes
 
     def _search(self) -> Search:
-        sensitivity = self.shared.profile.sensitivity if self.shared.profile else {}
         goal = self.options.max_drop
         worse = None
         if goal is not None:
@@ -227,7 +264,7 @@ class Workbench:
         chosen = [layer for layer in self.layers if layer.name in self.schemes]
         weights = {layer.name: self.model.tensors[layer.name].detach().numpy() for layer in chosen}
         with self.clock.stage("encode", "Pricing encodings", len(chosen)):
-            return Search(chosen, self.schemes, sensitivity, weights, tools)
+            return Search(chosen, self.schemes, self.sensitivity, weights, tools)
 
     def assemble(self, plan: Plan, correct: bool = True) -> Compressed:
         """The compressed network of a plan, its biases corrected where its codes are coarse.

@@ -64,6 +64,51 @@ def test_int8_weights_between_float_values_are_no_integer_operations(fmt: str, d
     assert [check.name for check in verify(path, more) if not check.held] == ["integer operations"]
 
 
+def test_a_device_that_runs_only_int8_gets_int8_activations_without_asking(tmp_path: Path) -> None:
+    report = octoc.compress_model(built(Upsampling), devices=["mcu-stm32l4r5"], data=X, out=tmp_path)
+    (artifact,) = report.artifacts
+    assert artifact.held, artifact.failed
+    assert artifact.activations == "int8"
+    assert read_proof((tmp_path / str(artifact.path)).parent / NAME).integer == 4
+
+
+def small_device(folder: Path, budget: int) -> Path:
+    path = folder / "devices.yaml"
+    path.write_text(
+        f"devices:\n  badge:\n    base: raspberry-pi-5\n    name: a badge\n"
+        f"    model_budget: {{value: {budget}, unit: B, source: measured, estimate: false}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("budget", [4900, 100])
+def test_a_model_is_planned_for_what_the_device_holds_and_the_report_says_whether_it_fits(
+    budget: int, tmp_path: Path
+) -> None:
+    given = {"data": X, "devices": ["badge"], "formats": ["onnx"]}
+    network = built(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10)))
+    report = octoc.compress_model(network, out=tmp_path, devices_file=small_device(tmp_path, budget), **given)
+    (artifact,) = report.artifacts
+    (goal,) = artifact.goals
+    assert goal.name == "memory"
+    assert "the budget of a model of badge" in goal.detail
+    assert goal.held == (artifact.nbytes <= budget) == (budget == 4900)
+    assert artifact.layers[0].bits < 8
+    if not goal.held:
+        assert f"the smallest reachable is {artifact.nbytes} B" in goal.detail
+
+
+def test_sensitivities_are_measured_only_where_something_is_to_be_planned(tmp_path: Path) -> None:
+    given = {"data": X, "devices": [BOARD], "formats": ["onnx"]}
+    plain = octoc.compress_model(built(Upsampling), out=tmp_path / "plain", **given)
+    planned = octoc.compress_model(built(Upsampling), out=tmp_path / "planned", weights="auto", **given)
+    assert "profile" not in plain.seconds
+    assert all(line.sensitivity is None for line in plain.artifacts[0].layers)
+    assert all(line.sensitivity is not None for line in planned.artifacts[0].layers)
+    low, high = plain.artifacts[0].reachable
+    assert low <= high == plain.artifacts[0].nbytes
+
+
 def test_a_network_without_integer_operations_does_not_pass_for_one_in_integers(tmp_path: Path) -> None:
     network = built(lambda: nn.Sequential(nn.Flatten(), nn.Softmax(1)))
     report = octoc.compress_model(network, devices=[BOARD], formats=["onnx"], data=X, out=tmp_path, activations="int8")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     metavar="ENCODING",
     help="Such as int8, int4, palette4, float16. Default: the planner chooses where there is a goal, else int8.",
 )
-@click.option("--activations", type=click.Choice(["float", "int8"]), default="float", show_default=True)
+@options.activations
 @click.option("--sparsity", type=float, metavar="SHARE", help="Share of weights to prune, between 0 and 1.")
 @click.option("--rank", type=float, metavar="SHARE", help="Share of the full rank to keep, between 0 and 1.")
 @click.option(

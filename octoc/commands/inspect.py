@@ -27,7 +27,7 @@ _SHOWN = 20  # refusals of a device on the terminal; --json has them all
 @click.option(
     "--input-shape", "shapes", multiple=True, metavar="N,...", help="Or the shapes: 1,3,32,32 for each input."
 )
-@click.option("--activations", type=click.Choice(["float", "int8"]), default="float", show_default=True)
+@options.activations
 @options.devices_file
 @options.as_json
 @options.traceback

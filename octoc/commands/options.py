@@ -30,6 +30,11 @@ devices_file = click.option("--devices-file", type=FILE, metavar="FILE", help="F
 weights_file = click.option(
     "--weights-file", type=FILE, metavar="FILE", help="Weights for a factory: safetensors, or torch.save's."
 )
+activations = click.option(
+    "--activations",
+    type=click.Choice(["float", "int8"]),
+    help="Default: float, and int8 where the device runs nothing else.",
+)
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 
 
