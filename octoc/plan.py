@@ -14,8 +14,8 @@ dropped only when no completion of it can beat a solution already in hand.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,13 @@ class Choice:
         key: what is chosen; the planner does not look at it.
         nbytes: cost in the file, bytes.
         loss: predicted increase of the loss.
+        costs: what else a budget may limit (see `budgets.py`), by name.
     """
 
     key: Any
     nbytes: int
     loss: float
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False, compare=False)
 
 
 def smallest(layers: Sequence[Sequence[Choice]]) -> int:
