@@ -38,7 +38,7 @@ def build(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
     else:
         if bench.plans:
             search.measure_overhead()
-        outcome = search.run(bench.max_size)
+        outcome = search.run(bench.limits)
     with shared.clock.stage("verify", f"Verifying {job.device.id} {job.format}"):
         checks = _verify(bench, outcome)
     (bench.folder / "recipe.json").write_text(bench.recipe(outcome.plan, outcome.small).to_json())
@@ -61,8 +61,7 @@ def plan_only(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport
     bench = Workbench(job, shared, work)
     search, options = bench.search, shared.options
     search.measure_overhead()
-    budget = bench.max_size if bench.max_size is not None else search.reachable()[1]
-    found = _planned(bench) if options.recipe else search.within(budget) or search.smallest()
+    found = _planned(bench) if options.recipe else search.within(bench.limits) or search.smallest()
     nbytes = sum(choice.nbytes for choice in found) + search.overhead
     report = summarize(bench, found, nbytes, search.reachable())
     if options.max_drop is None:

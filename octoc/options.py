@@ -16,13 +16,47 @@ from octoc.units import parse_size
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Which encodings the user asked for.
+
+    Args:
+        text: a whole scheme, the beginning of schemes such as "int4", "auto", or None.
+        bits: width of the codes.
+        group_size: weights a scale, or channels a table.
+    """
+
+    text: str | None
+    bits: int | None
+    group_size: int | None
+
+    @property
+    def names_codes(self) -> bool:
+        return self.bits is not None or self.group_size is not None
+
+    def means(self, scheme: Scheme) -> bool:
+        """Whether a scheme is one of those; `int8` stands for every encoding that begins so."""
+        text = str(scheme)
+        named = self.text in (None, "auto") or text == self.text or text.startswith(f"{self.text}-")
+        if self.names_codes and scheme.kind == "cast":
+            return False
+        return named and self.bits in (None, scheme.bits) and self.group_size in (None, scheme.group_size)
+
+    def __str__(self) -> str:
+        parts = {"weights": self.text, "bits": self.bits, "group-size": self.group_size}
+        return " ".join(f"--{name} {value}" for name, value in parts.items() if value is not None)
+
+
+@dataclass(frozen=True)
 class Options:
     """See `compress_model`; `proof` holds the codes of the recipe that is replayed."""
 
     formats: tuple[str, ...] = ()
     max_size: int | None = None
     max_drop: Drop | None = None
+    avg_bits: float | None = None
     weights: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
     activations: str | None = None
     sparsity: float | None = None
     rank: float | None = None
@@ -31,13 +65,20 @@ class Options:
     dry_run: bool = False
     proof: Proof | None = None
 
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.weights, self.bits, self.group_size)
+
 
 def parse_options(
     *,
     formats: tuple[str, ...],
     max_size: str | float | None,
     max_drop: str | float | None,
+    avg_bits: float | None,
     weights: str | None,
+    bits: int | None,
+    group_size: int | None,
     activations: str | None,
     sparsity: float | None,
     rank: float | None,
@@ -54,6 +95,12 @@ def parse_options(
     """
     if activations not in (None, "float", "int8"):
         raise UsageError(f"activations {activations!r}: choose float or int8")
+    if bits is not None and not 1 <= bits <= 8:
+        raise UsageError(f"--bits {bits}: codes have 1 to 8 bits")
+    if group_size is not None and group_size < 1:
+        raise UsageError(f"--group-size {group_size}: a group holds at least 1 weight")
+    if weights not in (None, "auto") and (bits is not None or group_size is not None):
+        raise UsageError(f"--weights {weights} beside --bits or --group-size: it says both; leave one of them out")
     replayed = None
     if recipe is None:
         if recompute:
@@ -61,6 +108,9 @@ def parse_options(
     else:
         steering = {
             "weights": weights,
+            "bits": bits,
+            "group-size": group_size,
+            "avg-bits": avg_bits,
             "activations": activations,
             "sparsity": sparsity,
             "rank": rank,
@@ -75,7 +125,10 @@ def parse_options(
         formats=formats,
         max_size=_size(max_size),
         max_drop=None if max_drop is None else parse_drop(max_drop),
+        avg_bits=_positive("avg-bits", avg_bits, 32),
         weights=_encoding(weights),
+        bits=bits,
+        group_size=group_size,
         activations=activations,
         sparsity=_fraction("sparsity", sparsity),
         rank=_fraction("rank", rank),
@@ -102,6 +155,12 @@ def _proof_beside(recipe: Path) -> Proof | None:
 def _fraction(name: str, value: float | None) -> float | None:
     if value is not None and not 0 < value < 1:
         raise UsageError(f"{name} {value} is not between 0 and 1")
+    return value
+
+
+def _positive(name: str, value: float | None, most: float) -> float | None:
+    if value is not None and not 0 < value <= most:
+        raise UsageError(f"--{name} {value} is not between 0 and {most:g}")
     return value
 
 

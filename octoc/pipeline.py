@@ -24,9 +24,10 @@ from octoc.export import formats as known_formats
 from octoc.load import load_model
 from octoc.metrics import class_numbers, default_metric, get_metric
 from octoc.model import Model
-from octoc.options import Options, parse_options
+from octoc.options import Asked, Options, parse_options
 from octoc.placement import offers, sparse_offers
 from octoc.progress import Clock, Progress, Silent
+from octoc.qtensor import Scheme
 from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune
 from octoc.report import ArtifactReport, Report
 from octoc.workbench import Job, Shared
@@ -48,7 +49,10 @@ def compress_model(
     formats: Sequence[str] = (),
     max_size: str | float | None = None,
     max_drop: str | float | None = None,
+    avg_bits: float | None = None,
     weights: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
     activations: str | None = None,
     sparsity: float | None = None,
     rank: float | None = None,
@@ -74,8 +78,11 @@ def compress_model(
         formats: formats to write, "all" for every one that the device runs; each device's first where empty.
         max_size: budget of each artefact, bytes or text such as "150kB".
         max_drop: allowed loss of quality, points or text such as "1%".
+        avg_bits: most bits a weight, over all weights that are encoded, with scales, zero points and tables.
         weights: encoding of every weight, such as "int8" or "int4-group32"; None lets the planner choose where there
             is a goal, and means "int8" where there is none.
+        bits: width of every code, 1 to 8, in place of a whole encoding.
+        group_size: weights that share a scale, or channels that share a table.
         activations: "float" or "int8"; None means floats, and int8 where the device runs nothing else.
         sparsity: fraction of weights that magnitude pruning sets to zero.
         rank: share of the full rank that truncated SVD keeps, where that saves.
@@ -101,7 +108,10 @@ def compress_model(
         formats=tuple(formats),
         max_size=max_size,
         max_drop=max_drop,
+        avg_bits=avg_bits,
         weights=weights,
+        bits=bits,
+        group_size=group_size,
         activations=activations,
         sparsity=sparsity,
         rank=rank,
@@ -196,12 +206,12 @@ def _jobs(names: Sequence[str], extra: Path | None, options: Options) -> list[Jo
     for name in dict.fromkeys(names):
         device = find_device(name, devices)
         jobs += [Job(device, fmt) for fmt in _formats(device, options)]
-    if options.weights not in (None, "auto"):
-        _check_offered(str(options.weights), jobs, options.sparsity is not None)
+    if options.asked.text not in (None, "auto") or options.asked.names_codes:
+        _check_offered(options.asked, jobs, options.sparsity is not None)
     return jobs
 
 
-def _check_offered(wanted: str, jobs: Sequence[Job], pruned: bool) -> None:
+def _check_offered(asked: Asked, jobs: Sequence[Job], pruned: bool) -> None:
     """An encoding that no weight of any artefact could have is a mistake; where some could, the others are noted."""
     found: dict[str, None] = {}
     for job in jobs:
@@ -209,11 +219,11 @@ def _check_offered(wanted: str, jobs: Sequence[Job], pruned: bool) -> None:
         if pruned:
             offered += sparse_offers(job.device, job.format)
         found |= dict.fromkeys(str(offer.scheme) for offer in offered)
-    if not any(text == wanted or text.startswith(f"{wanted}-") for text in found):
+    if not any(asked.means(Scheme.parse(text)) for text in found):
         places = ", ".join(f"{job.device.id} {job.format}" for job in jobs)
-        kind = wanted.split("-")[0]
+        kind = (asked.text or "").split("-")[0]
         near = [text for text in found if text.split("-")[0] == kind] or dict.fromkeys(t.split("-")[0] for t in found)
-        raise UsageError(f"--weights {wanted}: {places} run no such weights; they run {', '.join(near) or 'none'}")
+        raise UsageError(f"{asked}: {places} run no such weights; they run {', '.join(near) or 'none'}")
 
 
 def _formats(device: Device, options: Options) -> tuple[str, ...]:

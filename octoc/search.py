@@ -7,24 +7,40 @@ the compressed network, and in the end the artefact itself).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from octoc import plan
+from octoc import budgets, plan
 from octoc.compressed import Compressed
 from octoc.model import Layer
 from octoc.plan import Choice
 from octoc.qtensor import QTensor, Scheme
+from octoc.refine import refine
 from octoc.report import Point
 
 Plan = list[Choice]
 Key = tuple[str, Scheme]  # name of the weight, its encoding
 
 _CORRECTIONS = 8  # rewrites of a file that came out over its budget; the second already fits in practice
+_COARSE = 4.5  # bits a weight, below which a plan is measured and re-priced
 _PROBES = 7  # evaluations while looking for the smallest plan within an allowed drop: 1 % of the range of sizes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan must stay within.
+
+    Args:
+        nbytes: of the file.
+        bits: a weight on average, over the weights with a choice, scales and tables counted.
+    """
+
+    nbytes: float | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,7 @@ class Tools:
         quality: of a compressed network on the evaluation data, in torch.
         count: quality of a written file.
         worse: (quality, allowed drop applied) -> whether the quality misses the goal; None where there is no goal.
+        divergence: of a compressed network from the original on calibration samples; None where nothing is planned.
     """
 
     encode: Callable[[Layer, Scheme], QTensor]
@@ -46,6 +63,7 @@ class Tools:
     quality: Callable[[Compressed], float]
     count: Callable[[Path], float]
     worse: Callable[[float], bool] | None
+    divergence: Callable[[Compressed], float] | None = None
 
 
 @dataclass
@@ -89,6 +107,7 @@ class Search:
     tools: Tools
     overhead: int = 0
     points: list[Point] = field(default_factory=list)
+    known: dict[tuple[Key, ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.choices = [self._price(layer) for layer in self.layers]
@@ -100,7 +119,8 @@ class Search:
         for scheme in self.schemes[layer.name]:
             tensor = self.tools.encode(layer, scheme)
             error = float(np.square(weight - tensor.dequantize()).sum()) / power
-            priced.append(Choice((layer.name, scheme), tensor.nbytes, self.sensitivity.get(layer.name, 1.0) * error))
+            loss = self.sensitivity.get(layer.name, 1.0) * error
+            priced.append(Choice((layer.name, scheme), tensor.nbytes, loss, {"bits": 8.0 * tensor.nbytes}))
         return priced
 
     def reachable(self) -> tuple[int, int]:
@@ -137,53 +157,105 @@ class Search:
     def best(self) -> Plan:
         return [min(layer, key=lambda c: (c.loss, c.nbytes)) for layer in self.choices]
 
-    def within(self, budget: float) -> Plan | None:
-        """The best plan whose file is predicted to take at most `budget` bytes."""
-        return plan.solve(self.choices, budget - self.overhead)
+    def within(self, limits: Limits, factors: Mapping[int, float] | None = None) -> Plan | None:
+        """The best plan predicted to stay within the limits.
 
-    def run(self, max_size: int | None) -> Outcome:
-        """Searches within the size budget and the quality goal of the tools.
+        Args:
+            limits: see `Limits`.
+            factors: of the losses of some layers, by position.
+        """
+        budget = math.inf if limits.nbytes is None else limits.nbytes - self.overhead
+        by = factors or {}
+        layers = [
+            [replace(c, loss=c.loss * by[i]) for c in layer] if i in by else layer
+            for i, layer in enumerate(self.choices)
+        ]
+        if limits.bits is None:
+            found = plan.solve(layers, budget)
+        else:
+            total = limits.bits * sum(layer.size for layer in self.layers)
+            found = budgets.solve(layers, {"nbytes": budget, "bits": total})
+        if found is None or not by:
+            return found
+        return [
+            next(c for c in layer if c.key == choice.key) for layer, choice in zip(self.choices, found, strict=True)
+        ]
+
+    def bits(self, found: Plan) -> float:
+        """Bits a weight on average, scales and tables counted."""
+        return sum(c.costs["bits"] for c in found) / max(sum(layer.size for layer in self.layers), 1)
+
+    def refined(self, limits: Limits) -> Plan | None:
+        """The plan within the limits that measures best, where codes are so coarse that the linear model is off."""
+        first = self.within(limits)
+        if first is None or self.tools.divergence is None or self.bits(first) >= _COARSE:
+            return first
+        measured = refine(self._uniform(limits), lambda factors: self.within(limits, factors), self._diverges)
+        return measured[0].plan
+
+    def _uniform(self, limits: Limits) -> list[Plan]:
+        """Plans within the limits that give every layer the same encoding."""
+        found = []
+        for scheme in dict.fromkeys(choice.key[1] for layer in self.choices for choice in layer):
+            same = [next((c for c in layer if c.key[1] == scheme), None) for layer in self.choices]
+            if any(choice is None for choice in same):
+                continue
+            plan_of = [choice for choice in same if choice is not None]
+            size_fits = limits.nbytes is None or payload(plan_of) + self.overhead <= limits.nbytes
+            if size_fits and (limits.bits is None or self.bits(plan_of) <= limits.bits):
+                found.append(plan_of)
+        return found
+
+    def _diverges(self, found: Plan) -> float:
+        assert self.tools.divergence is not None
+        key = tuple(choice.key for choice in found)
+        if key not in self.known:
+            self.known[key] = self.tools.divergence(self.tools.assemble(found, False))
+        return self.known[key]
+
+    def run(self, limits: Limits) -> Outcome:
+        """Searches within the limits and the quality goal of the tools.
 
         Where the budget is impossible the smallest file is the outcome, and where the goal is, the best file within
         the budget; the caller sees in `nbytes` and `quality` what was missed.
         """
         if self.tools.worse is None:
-            return self._fit(max_size)
-        return self._smallest_good(max_size)
+            return self._fit(limits)
+        return self._smallest_good(limits)
 
-    def _fit(self, max_size: int | None) -> Outcome:
+    def _fit(self, limits: Limits) -> Outcome:
         """The best file within the budget; a wrong prediction of the overhead is corrected from the file itself."""
-        if max_size is None:
+        if limits.nbytes is None and limits.bits is None:
             return self._finish(self.best())
         for _ in range(_CORRECTIONS):
-            found = self.within(max_size)
+            found = self.refined(limits)
             if found is None:
                 break
             compressed = self.tools.assemble(found, True)
             path, nbytes = self.tools.write(compressed)
-            if nbytes <= max_size:
+            if limits.nbytes is None or nbytes <= limits.nbytes:
                 return self._counted(found, compressed, path, nbytes)
-            self.overhead += nbytes - max_size
+            self.overhead += nbytes - int(limits.nbytes)
         return self._finish(self.smallest())
 
-    def _smallest_good(self, max_size: int | None) -> Outcome:
+    def _smallest_good(self, limits: Limits) -> Outcome:
         """Bisects the budget for the smallest plan within the allowed drop, then confirms it on the file."""
         assert self.tools.worse is not None
-        top = self._fit(max_size)
+        top = self._fit(limits)
         low, high = self.reachable()[0], payload(top.plan) + self.overhead
         if high <= low or self.tools.worse(top.quality):
             return top
         good = high
         for _ in range(_PROBES):
             middle = (low + good) / 2
-            found = self.within(middle)
+            found = self.within(replace(limits, nbytes=middle))
             if found is None or good - low < 0.005 * good:
                 break
             if self._is_good(found):
                 good = payload(found) + self.overhead
             else:
                 low = int(middle)
-        return self._confirm(good, high, top)
+        return self._confirm(good, high, top, limits)
 
     def _is_good(self, found: Plan) -> bool:
         assert self.tools.worse is not None
@@ -193,12 +265,12 @@ class Search:
         self.points.append(Point(payload(found) + self.overhead, loss(found), quality, kind))
         return not missed
 
-    def _confirm(self, budget: float, high: int, top: Outcome) -> Outcome:
+    def _confirm(self, budget: float, high: int, top: Outcome, limits: Limits) -> Outcome:
         """Counts on the file; steps up a twelfth of the way at a time while the file misses what its network held."""
         assert self.tools.worse is not None
         step = max((high - budget) / 12, 1.0)
         while budget < high:
-            found = self.within(budget)
+            found = self.within(replace(limits, nbytes=budget))
             if found is not None:
                 outcome = self._finish(found)
                 # Fewer bytes of weights may make a larger file: `top` fits the budget, what is larger may not.

@@ -36,7 +36,7 @@ def summarize(
         quality=quality,
         drop=drop,
         agreement=None,
-        goals=tuple(_goals(bench, nbytes, quality, reachable)),
+        goals=tuple(_goals(bench, nbytes, search.bits(plan), quality, reachable)),
         checks=(),
         layers=tuple(_lines(bench, plan)),
         front=(*_thin(hull), *points),
@@ -53,7 +53,9 @@ def _thin(hull: list[Point], most: int = 200) -> list[Point]:
     return hull[::step] if hull[-1:] == hull[::step][-1:] else [*hull[::step], hull[-1]]
 
 
-def _goals(bench: Workbench, nbytes: int, quality: float | None, reachable: tuple[int, int]) -> list[Check]:
+def _goals(
+    bench: Workbench, nbytes: int, bits: float, quality: float | None, reachable: tuple[int, int]
+) -> list[Check]:
     goals = []
     options, shared = bench.options, bench.shared
     if options.max_size is not None:
@@ -61,6 +63,9 @@ def _goals(bench: Workbench, nbytes: int, quality: float | None, reachable: tupl
         if nbytes > options.max_size:
             detail += f"; the smallest reachable here is {reachable[0]} B"
         goals.append(Check("size", nbytes <= options.max_size, detail, float(options.max_size)))
+    if options.avg_bits is not None:
+        detail = f"{bits:.3f} bits a weight of {options.avg_bits:g} allowed, scales and tables counted"
+        goals.append(Check("bits", bits <= options.avg_bits, detail, options.avg_bits))
     if bench.limit is not None:
         fits = nbytes <= bench.limit.nbytes
         detail = f"{format_size(nbytes)} of {format_size(bench.limit.nbytes)}: {bench.limit.why}"

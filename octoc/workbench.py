@@ -22,9 +22,9 @@ from octoc.export import Exporter, exporter
 from octoc.memory import model_limit, peak_activation_bytes
 from octoc.metrics import Metric
 from octoc.model import Layer, Model, operation
-from octoc.options import Options
+from octoc.options import Asked, Options
 from octoc.placement import choices, offers, offers_of, runs_only_int8, sparse_offers
-from octoc.profile import Profile, measure
+from octoc.profile import Profile, divergence, measure
 from octoc.progress import Clock
 from octoc.proof import Array, artifact_bytes
 from octoc.qtensor import QTensor, Scheme
@@ -33,7 +33,7 @@ from octoc.quantize.bias import channel_means, corrections
 from octoc.quantize.equalize import exponents
 from octoc.recipe import CorrectBiases, Decision, Encode, Equalize, QuantizeActivations, Recipe
 from octoc.report import Note
-from octoc.search import Plan, Search, Tools
+from octoc.search import Limits, Plan, Search, Tools
 
 CALIBRATION_BATCH = 32
 PROFILE_SAMPLES = 64
@@ -69,6 +69,7 @@ class Shared:
     encoders: dict[str, Encoder] = field(default_factory=dict)
     calibrated: tuple[Equalize | QuantizeActivations, ...] = ()
     measured: Profile | None = None
+    answers: list[tuple[torch.Tensor, ...]] | None = None
 
     def activated(self, integer: bool) -> tuple[Model, tuple[Equalize | QuantizeActivations, ...]]:
         """The network with int8 activations where they are wanted or the recipe has them, and the steps to it."""
@@ -92,7 +93,7 @@ class Shared:
     def profile(self) -> Profile:
         """Every weight's sensitivity, measured when the first artefact needs it."""
         if self.measured is None:
-            shaped, classes = self.shaped, self.metric.name in ("top1", "top5", "loss")
+            shaped, classes = self.shaped, self.classes
             samples = model_calls(
                 shaped, self.calibration.inputs, PROFILE_SAMPLES if shaped.dynamic_batch else FEW_SAMPLES
             )
@@ -104,6 +105,17 @@ class Shared:
             mean = {name: sum(p.sensitivity[name] for p in found) / len(found) for name in found[0].sensitivity}
             self.measured = replace(found[0], sensitivity=mean, samples=sum(p.samples for p in found))
         return self.measured
+
+    @property
+    def classes(self) -> bool:
+        """Whether outputs are compared as distributions over classes."""
+        return self.metric.name in ("top1", "top5", "loss")
+
+    def references(self) -> list[tuple[torch.Tensor, ...]]:
+        """The uncompressed network's outputs for `samples()`."""
+        if self.answers is None:
+            self.answers = [self.shaped.run(*sample) for sample in self.samples()]
+        return self.answers
 
     def samples(self) -> list[tuple[torch.Tensor, ...]]:
         """Calibration samples for what is measured in a few calls, as the network takes them."""
@@ -135,7 +147,9 @@ class Workbench:
         self.limit = model_limit(
             job.device, peak_activation_bytes(shared.shaped, 1 if self.integer else np.dtype(self.dtype).itemsize)
         )
-        self.plans, self.max_size = self._goal()
+        self.plans, self.limits = self._goal()
+        free = self.plans or self.options.asked.names_codes or self.options.weights is not None
+        self.asked = self.options.asked if free else Asked("int8", None, None)
         self.sensitivity = shared.profile().sensitivity if self.plans else {}
         self.integers = set(integer_layers(self.model))
         self.encoder = shared.encoders.setdefault("int8" if self.integer else "float", self._encoder())
@@ -155,14 +169,15 @@ class Workbench:
                 self.shared.bases[key] = self.writer.convert(self.model)
         return self.shared.bases[key]
 
-    def _goal(self) -> tuple[bool, int | None]:
-        """Whether the planner weighs encodings, and the budget: the smaller of the user's and what the device holds."""
+    def _goal(self) -> tuple[bool, Limits]:
+        """Whether the planner weighs encodings, and within what: the user's limits or the device's."""
         options, limit = self.options, self.limit
         crowded = limit is not None and sum(layer.size for layer in self.layers) > limit.nbytes
-        asked = options.max_size is not None or options.max_drop is not None or options.weights == "auto"
+        goals = (options.max_size, options.max_drop, options.avg_bits)
+        asked = any(goal is not None for goal in goals) or options.weights == "auto"
         plans = options.recipe is None and (asked or (crowded and options.weights is None))
         held = [size for size in (options.max_size, limit.nbytes if limit and plans else None) if size is not None]
-        return plans, min(held, default=None)
+        return plans, Limits(min(held, default=None), options.avg_bits)
 
     def _schemes(self) -> dict[str, list[Scheme]]:
         """What may be chosen for each weight; weights without any choice are skipped with the reason."""
@@ -191,16 +206,19 @@ class Workbench:
             why = next(iter(refused.values()), "")
             self.skipped.append(Note(layer.name, f"computes in floats: {why}"))
             good, refused = choices(layer, kinds, offered, self.writer, False)
-        wanted = [scheme for scheme in good if self._asked(scheme)]
+        wanted = [scheme for scheme in good if self.asked.means(scheme)]
         if wanted:
             return _worth_pricing(wanted) or wanted
         if not good:
             why = next(iter(refused.values()), f"{self.job.device.id} runs no weight encoding in {self.job.format}")
             self.skipped.append(Note(layer.name, f"left in floats: {why}"))
             return []
-        why = next((r for text, r in refused.items() if self._asked(Scheme.parse(text))), "not offered by the device")
-        instead = min(good, key=lambda scheme: (scheme.bits != 8, scheme.granularity != "channel", -scheme.bits))
-        self.skipped.append(Note(layer.name, f"{self._asked_text()}: {why}; stored as {instead}"))
+        why = next(
+            (r for text, r in refused.items() if self.asked.means(Scheme.parse(text))), "not offered by the device"
+        )
+        bits = self.asked.bits or 8
+        instead = min(good, key=lambda scheme: (scheme.bits != bits, scheme.granularity != "channel", -scheme.bits))
+        self.skipped.append(Note(layer.name, f"{self.asked}: {why}; stored as {instead}"))
         return [instead]
 
     def _replayed(self, layer: Layer, recipe: Recipe) -> list[Scheme]:
@@ -217,17 +235,6 @@ class Workbench:
                 return [scheme]
         self.skipped.append(Note(layer.name, "the recipe leaves it in floats"))
         return []
-
-    def _asked_text(self) -> str:
-        if self.options.weights is not None:
-            return self.options.weights
-        return "" if self.plans else "int8"
-
-    def _asked(self, scheme: Scheme) -> bool:
-        """`int8` stands for every encoding that begins so; nothing asked for leaves the choice to the planner."""
-        wanted = self._asked_text()
-        text = str(scheme)
-        return text == wanted or wanted in ("", "auto") or text.startswith(f"{wanted}-")
 
     def remarks(self, plan: Plan) -> list[Note]:
         """What a plan's encodings cost beside bytes: an accelerator that does not run them, zeros that save nothing."""
@@ -260,6 +267,7 @@ class Workbench:
             quality=self.model_quality,
             count=self.file_quality,
             worse=worse,
+            divergence=self.divergence if self.plans else None,
         )
         chosen = [layer for layer in self.layers if layer.name in self.schemes]
         weights = {layer.name: self.model.tensors[layer.name].detach().numpy() for layer in chosen}
@@ -307,6 +315,15 @@ class Workbench:
         with self.clock.stage("write", f"Writing {self.job.format}"):
             self.writer.write(self.base, small, path)
         return path, artifact_bytes(path)
+
+    def divergence(self, small: Compressed) -> float:
+        """How far a compressed network's outputs are from the original's on calibration samples."""
+        classes = self.shared.classes
+        samples = self.shared.samples()
+        references = self.shared.references()
+        found = [small.decoded.run(*sample) for sample in samples]
+        each = [divergence(r, f, classes) for r, f in zip(references, found, strict=True)]
+        return sum(each) / len(each)
 
     def model_quality(self, small: Compressed) -> float:
         data = self.shared.data

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from octoc.model import Layer
 from octoc.plan import Choice
 from octoc.qtensor import Scheme
-from octoc.search import Plan, Search, Tools, loss, payload
+from octoc.search import Limits, Plan, Search, Tools, loss, payload
 
 SCHEMES = [Scheme("affine", bits) for bits in range(2, 9)]
 FILE = Path("model.bin")
@@ -142,7 +142,7 @@ def test_a_budget_that_any_plan_holds_is_held(
 ) -> None:
     world = World(table, shaky(seed, most))
     search = world.search(measured)
-    outcome = search.run(budget)
+    outcome = search.run(Limits(budget))
     assert_consistent(world, outcome)
     if world.size(search.smallest()) <= budget:
         assert outcome.nbytes <= budget
@@ -154,7 +154,7 @@ def test_a_budget_is_held_with_a_quality_goal_too(
 ) -> None:
     world = World(table, shaky(seed, most), goal=100.0 - allowed)
     search = world.search(measured)
-    outcome = search.run(budget)
+    outcome = search.run(Limits(budget))
     assert_consistent(world, outcome)
     if world.size(search.smallest()) <= budget:
         assert outcome.nbytes <= budget
@@ -167,7 +167,7 @@ def test_with_a_constant_overhead_the_plan_is_the_best_within_the_budget(
     world = World(table, lambda plan: overhead)
     search = world.search()
     assert search.overhead == overhead
-    outcome = search.run(budget)
+    outcome = search.run(Limits(budget))
     fitting = [loss(plan) for plan in every(search) if world.size(plan) <= budget]
     if fitting:
         assert loss(outcome.plan) == pytest.approx(min(fitting), abs=1e-9)
@@ -185,7 +185,7 @@ def test_an_overhead_that_was_not_measured_is_learnt_from_the_files(
     """Each file over the budget raises the overhead, never beyond the true one: no plan that fits is lost."""
     world = World(table, lambda plan: overhead)
     search = world.search(measured=False)
-    outcome = search.run(budget)
+    outcome = search.run(Limits(budget))
     assert search.overhead <= overhead
     fitting = [loss(plan) for plan in every(search) if world.size(plan) <= budget]
     if fitting and len(world.written) < 8:
@@ -199,7 +199,7 @@ def test_an_impossible_budget_gives_the_smallest_plan(
     for goal in (None, 0.0, 100.0):
         world = World(table, shaky(seed, most), goal=goal)
         search = world.search()
-        outcome = search.run(1)
+        outcome = search.run(Limits(1))
         assert_consistent(world, outcome)
         assert outcome.plan == search.smallest()
         assert outcome.nbytes > 1
@@ -209,7 +209,7 @@ def test_an_impossible_budget_gives_the_smallest_plan(
 def test_without_budget_and_goal_the_plan_is_that_of_least_loss(table: list[list[tuple[int, float]]]) -> None:
     world = World(table, lambda plan: 7)
     search = world.search()
-    outcome = search.run(None)
+    outcome = search.run(Limits(None))
     assert_consistent(world, outcome)
     assert loss(outcome.plan) == pytest.approx(min(loss(plan) for plan in every(search)), abs=1e-9)
 
@@ -226,7 +226,7 @@ def smallest_good(search: Search, world: World, goal: float) -> int:
     """Bytes of the smallest plan whose quality holds, by trying every budget."""
     low, high = search.reachable()
     for budget in range(low, high + 1):
-        found = search.within(budget)
+        found = search.within(Limits(budget))
         assert found is not None
         if world.file_quality(loss(found)) >= goal - 1e-9:
             return world.size(found)
@@ -239,7 +239,7 @@ def test_the_smallest_good_plan_is_found_to_a_hundredth_of_the_range(allowed: fl
     world = World(ladder(6), lambda plan: 300, goal=100 - allowed)
     search = world.search()
     low, high = search.reachable()
-    outcome = search.run(max_size)
+    outcome = search.run(Limits(max_size))
     assert_consistent(world, outcome)
     assert outcome.quality >= 100 - allowed
     best = smallest_good(search, world, 100 - allowed)
@@ -257,7 +257,7 @@ def test_what_each_encoding_costs_beside_its_codes_is_learnt_from_files() -> Non
         plan = [layer[generator.integers(len(layer))] for layer in search.choices]
         assert payload(plan) + search.overhead == world.size(plan)
     assert not any(correct for _, correct in world.assembled)  # no bias is corrected for the sake of a size
-    outcome = search.run(900)
+    outcome = search.run(Limits(900))
     assert_consistent(world, outcome)
     fitting = [loss(plan) for plan in every(search) if world.size(plan) <= 900]
     assert loss(outcome.plan) == pytest.approx(min(fitting), abs=1e-9)
@@ -270,7 +270,7 @@ def test_the_smallest_good_plan_is_found_although_the_overhead_was_mispredicted(
     smallest = world.search().smallest()
     world.extra = lambda plan: 300 + (0 if plan == smallest else hidden)
     search = world.search()
-    outcome = search.run(60_000)
+    outcome = search.run(Limits(60_000))
     assert_consistent(world, outcome)
     assert outcome.quality >= 95
     best = smallest_good(search, world, 95.0)
@@ -283,7 +283,7 @@ def test_where_the_file_is_worse_than_its_network_the_plan_moves_up_until_the_fi
 ) -> None:
     world = World(table, lambda plan: 9, file_quality=lambda lost: 100 - worse - lost, goal=100.0 - allowed)
     search = world.search()
-    outcome = search.run(None)
+    outcome = search.run(Limits(None))
     assert_consistent(world, outcome)
     if any(world.file_quality(loss(plan)) >= 100 - allowed for plan in every(search)):
         assert outcome.quality >= 100 - allowed - 1e-9
@@ -295,7 +295,7 @@ def test_where_no_plan_reaches_the_goal_the_best_within_the_budget_is_kept(
 ) -> None:
     world = World(table, lambda plan: 9, file_quality=lambda lost: 100 - missing - lost, goal=100.0)
     search = world.search()
-    outcome = search.run(budget)
+    outcome = search.run(Limits(budget))
     assert_consistent(world, outcome)
     fitting = [loss(plan) for plan in every(search) if world.size(plan) <= budget]
     if fitting:
@@ -311,7 +311,7 @@ def test_the_outcome_is_no_larger_than_a_good_file_that_was_seen(
     world = World(table, shaky(seed, most), goal=100.0 - allowed)
     search = world.search()
     before = len(world.written)
-    outcome = search.run(None)
+    outcome = search.run(Limits(None))
     top = world.written[before]
     if world.file_quality(loss(top)) >= 100 - allowed - 1e-9:
         assert outcome.quality >= 100 - allowed - 1e-9
@@ -322,7 +322,7 @@ def test_quality_that_is_no_number_is_no_quality() -> None:
     world = World([[(10, 1.0), (20, 0.0)]], file_quality=lambda lost: float("nan"), goal=0.0)
     search = world.search()
     search.tools = Tools(**{**vars(search.tools), "worse": lambda quality: not quality >= 0.0})
-    outcome = search.run(None)
+    outcome = search.run(Limits(None))
     assert outcome.plan == search.best()
     assert np.isnan(outcome.quality)
 
@@ -333,7 +333,7 @@ def test_a_network_without_weights_has_one_plan() -> None:
         search = world.search()
         assert search.reachable() == (40, 40)
         for budget in (None, 10, 100):
-            outcome = search.run(budget)
+            outcome = search.run(Limits(budget))
             assert outcome.plan == []
             assert outcome.nbytes == 40
 

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     metavar="ENCODING",
     help="Such as int8, int4, palette4, float16. Default: the planner chooses where there is a goal, else int8.",
 )
+@click.option("--bits", type=int, metavar="N", help="Width of every code, 1 to 8, in place of --weights.")
+@click.option("--group-size", type=int, metavar="N", help="Weights that share a scale, or channels that share a table.")
+@click.option(
+    "--avg-bits", type=float, metavar="BITS", help="Most bits a weight on average, scales and tables counted: 3.3."
+)
 @options.activations
 @click.option("--sparsity", type=float, metavar="SHARE", help="Share of weights to prune, between 0 and 1.")
 @click.option("--rank", type=float, metavar="SHARE", help="Share of the full rank to keep, between 0 and 1.")
