@@ -105,7 +105,7 @@ class Encoding:
     since: Mapping[str, str] = field(default_factory=dict, hash=False)
     over: tuple[str, ...] = ()  # sparse only: encodings that the remaining values may have
     only_for: tuple[str, ...] = ()  # operation kinds that can take it; empty: every weighted one
-    slow_for: tuple[str, ...] = ()  # it saves bytes there, but runs slower than float
+    slow_for: tuple[str, ...] = ()  # it saves bytes there, but runs slower than float; offered, and said
 
     @property
     def kind(self) -> str:

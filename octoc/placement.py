@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -94,6 +94,38 @@ def choices(
         else:
             refused[str(offer.scheme)] = reason
     return good, refused
+
+
+def slowdowns(model: Model, device: Device, fmt: str, chosen: Mapping[str, Scheme]) -> tuple[Note, ...]:
+    """Weights whose encoding saves bytes, but runs slower than floats on the accelerator that runs it.
+
+    Args:
+        model: the network.
+        device: the profile.
+        fmt: of the artefact.
+        chosen: the encoding of each weight by its name.
+    """
+    nodes, notes = model.nodes(), []
+    for layer in model.layers():
+        if layer.name not in chosen:
+            continue
+        scheme = chosen[layer.name]
+        kinds = dict.fromkeys(operation(nodes[name], model.tensors) for name in layer.nodes)
+        for runner, encoding in _runners(device, fmt, replace(scheme, sparse=False))[:1]:
+            if slow := [kind for kind in kinds if kind in encoding.slow_for]:
+                words = f"{runner.name} runs {', '.join(slow)} slower with {scheme} than with floats"
+                notes.append(Note(layer.name, f"{words} ({encoding.source})"))
+    return tuple(notes)
+
+
+def _runners(device: Device, fmt: str, scheme: Scheme) -> list[tuple[Accelerator, Encoding]]:
+    """Accelerators that run a dense encoding, the preferred one first, each with what its profile says of it."""
+    return [
+        (accelerator, encoding)
+        for accelerator in device.runners(fmt)
+        for encoding in device.encodings(accelerator)
+        if scheme in _schemes(encoding)
+    ]
 
 
 def fallbacks(model: Model, device: Device, fmt: str, dtype: str) -> tuple[Note, ...]:

@@ -14,7 +14,7 @@ from octoc.device import Device, find_device, load_devices
 from octoc.export import exporter
 from octoc.load.module import from_module
 from octoc.model import Layer, Model
-from octoc.placement import Offer, choices, fallbacks, offers, sparse_offers
+from octoc.placement import Offer, choices, fallbacks, offers, slowdowns, sparse_offers
 from octoc.qtensor import PALETTE_BITS, Scheme
 
 DEVICES = load_devices()
@@ -213,6 +213,31 @@ def test_a_window_beyond_an_accelerator_s_bounds_falls_back_with_its_number(chan
     assert [note.what for note in found] == ["conv2d"]
     assert str(next(iter(change.values()))) in found[0].reason
     assert fallbacks(from_module(Mixed(), [torch.zeros(1, 3, 64, 64)]), narrow, "coreml", "float16") == ()
+
+
+def test_a_weight_is_named_where_its_encoding_saves_bytes_but_takes_time(mixed: Model) -> None:
+    """onnxruntime has a kernel for matrices of 4 bits in groups, and dequantizes convolutions on each run."""
+    board = find_device("raspberry-pi-5", DEVICES)
+    assert (
+        slowdowns(mixed, board, "onnx", dict.fromkeys(["conv.weight", "linear.weight"], Scheme.parse("int8-channel")))
+        == ()
+    )
+    small = dict.fromkeys(["conv.weight", "linear.weight"], Scheme.parse("int4-group16"))
+    (note,) = slowdowns(mixed, board, "onnx", small)
+    assert note.what == "conv.weight"
+    assert "runs conv2d slower with int4-group16 than with floats" in note.reason
+    assert board.runners("onnx")[0].name in note.reason
+    assert slowdowns(mixed, board, "onnx", {"linear.weight": small["linear.weight"]}) == ()
+
+
+def test_an_encoding_is_slow_where_the_first_accelerator_that_runs_it_says_so(mixed: Model) -> None:
+    board = find_device("raspberry-pi-5", DEVICES)
+    slow = board.runners("onnx")[0]
+    without = replace(slow, encodings=tuple(e for e in slow.encodings if e.name != "int4-group"))
+    quick = replace(slow, encodings=tuple(replace(e, slow_for=()) for e in slow.encodings))
+    chosen = {"conv.weight": Scheme.parse("int4-group16")}
+    for accelerators, count in (((slow, quick), 1), ((quick, slow), 0), ((without, slow), 1), ((without, quick), 0)):
+        assert len(slowdowns(mixed, replace(board, accelerators=accelerators), "onnx", chosen)) == count
 
 
 def test_where_no_accelerator_runs_the_format_everything_falls_back(mixed: Model) -> None:
