@@ -27,7 +27,7 @@ from octoc.model import KINDS, Layer, Model
 from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Scheme, Sparse, difference
 from octoc.quantize import encode
 from octoc.quantize.activations import calibrate, encode_bias, integer_layers, rewrite, separate_biases
-from octoc.runtime.tflite import open_session
+from octoc.runtime.tflite import integer_operations, open_session
 from tests.networks import trained_resnet20
 
 LAYER = Layer("w", "conv", (16, 8, 3, 3), 0, 0, 0, ("conv2d",))
@@ -260,6 +260,53 @@ def test_unsigned_codes_and_zero_points_are_exact(mixed: Converted, tmp_path: Pa
 def test_what_no_constant_holds_is_an_error(mixed: Converted, tmp_path: Path, tensor: QTensor) -> None:
     with pytest.raises(ModelError, match=r"linear\.weight"):
         write(mixed.base, Compressed(mixed.model, {"linear.weight": tensor}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "extra"),
+    [
+        (3, 2, 1, 1),
+        (3, 2, 1, 0),
+        (5, 3, 1, 2),
+        (4, 2, 1, 0),
+        (5, 2, (2, 0), (1, 0)),
+        (4, (2, 1), (1, 2), 0),
+        (3, 2, 0, 1),
+    ],
+)
+def test_transposed_convolutions_of_any_padding_take_codes(
+    tmp_path: Path, kernel: int, stride: int, padding: int, extra: int
+) -> None:
+    torch.manual_seed(3)
+    samples = torch.randn(1, 3, 5, 6)
+    up = nn.ConvTranspose2d(4, 6, kernel, stride, padding, extra)
+    model = from_module(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), up, nn.ReLU()), [samples])
+    base = tflite.convert(model)
+    small = Compressed(model, coded(model, "int8-channel", base.names))
+    assert small.qtensors.keys() == {"0.weight", "2.weight"}
+    path = write(base, small, tmp_path)
+    assert_holds(path, small.qtensors)
+    assert_computes(path, small.decoded, (samples,))
+
+
+def test_a_transposed_convolution_along_one_axis_takes_padding(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    samples = torch.randn(1, 4, 9)
+    model = from_module(nn.ConvTranspose1d(4, 6, 3, 2, 1, 1), [samples])
+    path = write(tflite.convert(model), Compressed(model, {}), tmp_path)
+    assert_computes(path, model, (samples,))
+
+
+def test_a_transposed_convolution_with_its_edges_cut_off_runs_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    samples = torch.randn(4, 3, 6, 6)
+    up = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1)
+    small = in_integers(from_module(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), up, nn.ReLU()), [samples]), samples)
+    path = write(tflite.convert(small.model), small, tmp_path)
+    assert integer_operations(path) == 2
+    (found,), (expected,) = run(path, (samples[:1],)), small.decoded.run(samples[:1])
+    step = next(iter(integer_layers(small.model)["2.weight"]))[1].scale
+    assert np.abs(found - expected.numpy()).max() <= 2 * expected.abs().max().item() / 127 + step
 
 
 # Integer operations one by one
