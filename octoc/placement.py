@@ -14,6 +14,11 @@ from octoc.model import KINDS, Layer, Model, argument, operation
 from octoc.qtensor import Scheme
 from octoc.report import Note
 
+# Operations that multiply by weights: `model.KINDS` has no word for some, and for others not in every position.
+_UNCODED = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+_UNCODED |= {"mm", "matmul", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "bilinear", "tensordot"}
+_UNCODED |= {"conv1d", "conv2d", "conv3d", "linear", "cond", "while_loop", "scan", "map_impl"}
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -94,6 +99,21 @@ def choices(
         else:
             refused[str(offer.scheme)] = reason
     return good, refused
+
+
+def uncoded(model: Model) -> tuple[Note, ...]:
+    """Weights that an operation multiplies by and that no layer covers, such as an LSTM's: they stay floats."""
+    covered = {layer.name for layer in model.layers()}
+    notes: dict[str, Note] = {}
+    for node in model.graph.nodes:
+        kind = operation(node, model.tensors) if node.op == "call_function" else ""
+        for source in node.all_input_nodes if kind in _UNCODED else ():
+            name = str(source.target)
+            if source.op == "get_attr" and name in model.tensors and name not in covered:
+                tensor = model.tensors[name]
+                if tensor.is_floating_point() and tensor.dim() >= 2:
+                    notes[name] = Note(name, f"left in floats: octoc codes no weights of {kind} in this place")
+    return tuple(notes.values())
 
 
 def slowdowns(model: Model, device: Device, fmt: str, chosen: Mapping[str, Scheme]) -> tuple[Note, ...]:

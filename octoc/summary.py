@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from octoc.placement import fallbacks, slowdowns
+from octoc.placement import fallbacks, slowdowns, uncoded
 from octoc.plan import front
 from octoc.report import ArtifactReport, Check, LayerLine, Point
 from octoc.search import Plan
@@ -41,7 +41,7 @@ def summarize(
         layers=tuple(_lines(bench, plan)),
         front=(*_thin(hull), *points),
         reachable=reachable,
-        skipped=tuple(bench.skipped),
+        skipped=(*bench.skipped, *uncoded(bench.model)),
         fallbacks=(
             *bench.remarks(plan),
             *slowdowns(bench.model, bench.job.device, bench.job.format, dict(choice.key for choice in plan)),
