@@ -106,6 +106,7 @@ class Model:
         outputs: names of the outputs.
         dynamic_batch: the first size of every input is free.
         subgraphs: graph modules of control-flow operations by name.
+        notes: what reading the network could not keep, a sentence each.
     """
 
     graph: fx.Graph
@@ -114,6 +115,7 @@ class Model:
     outputs: tuple[str, ...]
     dynamic_batch: bool
     subgraphs: Mapping[str, fx.GraphModule] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def run(
         self, *inputs: Tensor, overrides: Mapping[str, Tensor] | None = None, observe: Observer | None = None

@@ -47,7 +47,7 @@ def summarize(
             *slowdowns(bench.model, bench.job.device, bench.job.format, dict(choice.key for choice in plan)),
             *fallbacks(bench.shared.shaped, bench.job.device, bench.job.format, dtype),
         ),
-        notes=tuple(getattr(bench.base, "notes", ())),
+        notes=(*shared.original.notes, *getattr(bench.base, "notes", ())),
         activations="int8" if bench.integer else "float",
     )
 

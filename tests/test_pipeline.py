@@ -136,6 +136,12 @@ def test_weights_of_a_recurrent_layer_are_named_with_the_reason_why_they_stay_fl
     assert all("lstm" in note.reason for note in artifact.skipped)
 
 
+def test_a_batch_that_must_be_fixed_is_said(tmp_path: Path) -> None:
+    case = CASES["a batch of two"]
+    report = compressed(built(case.make), case.inputs, tmp_path, devices=["raspberry-pi-5"], dry_run=True)
+    assert "the number of samples is fixed, 2 to a call: " in report.artifacts[0].notes[0]
+
+
 def test_quality_in_the_report_is_that_of_the_files(floats: Run, labels: Array) -> None:
     assert floats.report.quality == 100
     assert floats.report.calibration + floats.report.evaluation == len(X)
