@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 pytest.importorskip("litert_torch", reason="the extra tflite is not installed")
@@ -20,7 +18,6 @@ from octoc.compressed import Compressed
 from octoc.errors import ArtifactError, ModelError
 from octoc.export import tflite
 from octoc.export.tflite_lowering.flat import Graph, read_graph
-from octoc.export.tflite_lowering.weights import pack, unpack
 from octoc.graph import fold_batch_norm
 from octoc.load.module import from_module
 from octoc.model import KINDS, Layer, Model
@@ -443,24 +440,6 @@ def test_a_file_of_another_hand_holds_no_codes(resnet: Trained, tmp_path: Path) 
     (tmp_path / "noise").write_bytes(bytes(range(256)))
     with pytest.raises(ArtifactError, match="no TFLite file"):
         tflite.read_codes(tmp_path / "noise")
-
-
-# Packing
-
-
-@given(st.sampled_from([2, 4, 8]), st.data())
-def test_packed_codes_unpack_to_themselves(bits: int, data: st.DataObject) -> None:
-    limit = 2 ** (bits - 1)
-    codes = np.array(data.draw(st.lists(st.integers(-limit, limit - 1), min_size=1, max_size=40)), np.int8)
-    packed = pack(codes, bits)
-    assert packed.size == -(-codes.size * bits // 8)
-    assert np.array_equal(unpack(packed, codes.size, bits), codes)
-
-
-def test_the_first_of_two_codes_stands_in_the_low_bits() -> None:
-    assert pack(np.array([1, -1, 7], np.int8), 4).tolist() == [0xF1, 0x07]
-    with pytest.raises(ArtifactError, match="3 bytes cannot hold 9 codes"):
-        unpack(np.zeros(3, np.uint8), 9, 4)
 
 
 def test_sparse_weights_are_refused(mixed: Converted, tmp_path: Path) -> None:
