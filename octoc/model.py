@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from octoc.errors import ModelError
+from octoc.errors import ModelError, first_line
 
 aten = torch.ops.aten
 
@@ -297,9 +297,7 @@ def evaluate(
             try:
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             except RuntimeError as error:
-                raise ModelError(
-                    f"operation {node.name} ({node.target}) failed: {str(error).splitlines()[0]}"
-                ) from error
+                raise ModelError(f"operation {node.name} ({node.target}) failed: {first_line(error)}") from error
             if observe is not None:
                 observe(node, values[node])
         elif node.op != "placeholder":

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octoc.errors import ModelError, UsageError
+from octoc.errors import ModelError, UsageError, reason
 from octoc.load.graph import from_program
 from octoc.model import Model
-from octoc.reference import reason
 
 
 def from_module(module: nn.Module, examples: Sequence[Tensor] | None = None) -> Model:
