@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import yaml
 
 from octoc import yaml_nodes as nodes
 
-FORMATS = ("coreml", "tflite", "onnx")
+# The exporters' names, by their files alone: importing one takes seconds, or a package that is not installed.
+FORMATS = tuple(sorted(m.name for m in iter_modules([str(Path(__file__).parent / "export")]) if not m.ispkg))
 DTYPES = ("float32", "float16", "int8", "int16")
 PLATFORMS = ("ios", "ipados", "watchos", "android", "linux", "windows", "bare-metal", "any")
 KINDS = ("npu", "gpu", "cpu")
