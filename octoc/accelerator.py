@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import yaml
 
 from octoc import yaml_nodes as nodes
 
-FORMATS = ("coreml", "tflite", "onnx")
+# The exporters' names, by their files alone: importing one takes seconds, or a package that is not installed.
+FORMATS = tuple(sorted(m.name for m in iter_modules([str(Path(__file__).parent / "export")]) if not m.ispkg))
 DTYPES = ("float32", "float16", "int8", "int16")
 PLATFORMS = ("ios", "ipados", "watchos", "android", "linux", "windows", "bare-metal", "any")
 KINDS = ("npu", "gpu", "cpu")
@@ -105,7 +108,7 @@ class Encoding:
     since: Mapping[str, str] = field(default_factory=dict, hash=False)
     over: tuple[str, ...] = ()  # sparse only: encodings that the remaining values may have
     only_for: tuple[str, ...] = ()  # operation kinds that can take it; empty: every weighted one
-    slow_for: tuple[str, ...] = ()  # it saves bytes there, but runs slower than float
+    slow_for: tuple[str, ...] = ()  # it saves bytes there, but runs slower than float; offered, and said
 
     @property
     def kind(self) -> str:

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from octoc.errors import DataError
-from octoc.reference import call, is_reference, reason
+from octoc.errors import DataError, reason
+from octoc.reference import call, is_reference
 from octoc.samples import Array, Samples, cast, fitted, taken
 
 if TYPE_CHECKING:
@@ -90,12 +90,11 @@ class Dataset:
         ranked = order[np.argsort(place[order], kind="stable")]
         return self.take(np.sort(ranked[:first])), self.take(np.sort(ranked[first:]))
 
-    def check(self, inputs: Sequence[InputSpec], classes: int | None = None) -> Dataset:
+    def check(self, inputs: Sequence[InputSpec]) -> Dataset:
         """The same samples in the network's dtypes.
 
         Args:
             inputs: what the network takes.
-            classes: its number of classes, where labels are class numbers.
 
         Raises:
             DataError: number, shape, dtype or values do not fit; the message has the numbers and the way out.
@@ -110,8 +109,6 @@ class Dataset:
         cast = tuple(
             fitted(x, spec, f"{self.source}: {name}") for x, spec, name in zip(self.inputs, inputs, names, strict=True)
         )
-        if self.labels is not None and classes is not None:
-            _check_classes(self.labels, classes, self.source)
         return replace(self, inputs=cast)
 
 
@@ -317,12 +314,3 @@ def _classes(labels: Array | None, order: Array) -> list[Array]:
     by_class = order[np.argsort(ordered, kind="stable")]
     cuts = np.cumsum(np.unique(ordered, return_counts=True)[1])[:-1]
     return list(np.split(by_class, cuts))
-
-
-def _check_classes(labels: Array, classes: int, source: str) -> None:
-    if labels.dtype.kind not in "iu":
-        way = "; y.astype('int64') keeps the values" if labels.dtype.kind == "f" and (labels % 1 == 0).all() else ""
-        raise DataError(f"{source}: y is {labels.dtype}; class numbers are integers{way}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise DataError(f"{source}: y runs from {low} to {high}; the network has {classes} classes, from 0")

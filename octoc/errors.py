@@ -53,3 +53,16 @@ class HostError(OctocError):
     """The machine is at fault: disk full, no permission, a package that is not installed."""
 
     exit_code = 4
+
+
+def reason(error: BaseException) -> str:
+    """An error of somebody else's code on one line, its type first."""
+    text = " ".join(str(error).split())
+    short = text if len(text) <= 300 else text[:297] + "..."
+    return f"{type(error).__name__}: {short}" if short else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of somebody else's code, where more lines would be a trace or a graph."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octoc.data import Dataset
-from octoc.errors import DataError
-from octoc.reference import reason
+from octoc.errors import DataError, reason
 from octoc.samples import Samples
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}

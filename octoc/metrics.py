@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from octoc.errors import DataError, UsageError
-from octoc.reference import is_reference, reason, resolve
+from octoc.errors import DataError, UsageError, reason
+from octoc.reference import is_reference, resolve
 
 Array = NDArray[Any]
 

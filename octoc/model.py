@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from octoc.errors import ModelError
+from octoc.errors import ModelError, first_line
 
 aten = torch.ops.aten
 
@@ -106,6 +106,7 @@ class Model:
         outputs: names of the outputs.
         dynamic_batch: the first size of every input is free.
         subgraphs: graph modules of control-flow operations by name.
+        notes: what reading the network could not keep, a sentence each.
     """
 
     graph: fx.Graph
@@ -114,6 +115,7 @@ class Model:
     outputs: tuple[str, ...]
     dynamic_batch: bool
     subgraphs: Mapping[str, fx.GraphModule] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def run(
         self, *inputs: Tensor, overrides: Mapping[str, Tensor] | None = None, observe: Observer | None = None
@@ -295,9 +297,7 @@ def evaluate(
             try:
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             except RuntimeError as error:
-                raise ModelError(
-                    f"operation {node.name} ({node.target}) failed: {str(error).splitlines()[0]}"
-                ) from error
+                raise ModelError(f"operation {node.name} ({node.target}) failed: {first_line(error)}") from error
             if observe is not None:
                 observe(node, values[node])
         elif node.op != "placeholder":

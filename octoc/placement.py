@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -13,6 +13,11 @@ from octoc.export import Exporter
 from octoc.model import KINDS, Layer, Model, argument, operation
 from octoc.qtensor import Scheme
 from octoc.report import Note
+
+# Operations that multiply by weights: `model.KINDS` has no word for some, and for others not in every position.
+_UNCODED = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+_UNCODED |= {"mm", "matmul", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "bilinear", "tensordot"}
+_UNCODED |= {"conv1d", "conv2d", "conv3d", "linear", "cond", "while_loop", "scan", "map_impl"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,53 @@ def choices(
         else:
             refused[str(offer.scheme)] = reason
     return good, refused
+
+
+def uncoded(model: Model) -> tuple[Note, ...]:
+    """Weights that an operation multiplies by and that no layer covers, such as an LSTM's: they stay floats."""
+    covered = {layer.name for layer in model.layers()}
+    notes: dict[str, Note] = {}
+    for node in model.graph.nodes:
+        kind = operation(node, model.tensors) if node.op == "call_function" else ""
+        for source in node.all_input_nodes if kind in _UNCODED else ():
+            name = str(source.target)
+            if source.op == "get_attr" and name in model.tensors and name not in covered:
+                tensor = model.tensors[name]
+                if tensor.is_floating_point() and tensor.dim() >= 2:
+                    notes[name] = Note(name, f"left in floats: octoc codes no weights of {kind} in this place")
+    return tuple(notes.values())
+
+
+def slowdowns(model: Model, device: Device, fmt: str, chosen: Mapping[str, Scheme]) -> tuple[Note, ...]:
+    """Weights whose encoding saves bytes, but runs slower than floats on the accelerator that runs it.
+
+    Args:
+        model: the network.
+        device: the profile.
+        fmt: of the artefact.
+        chosen: the encoding of each weight by its name.
+    """
+    nodes, notes = model.nodes(), []
+    for layer in model.layers():
+        if layer.name not in chosen:
+            continue
+        scheme = chosen[layer.name]
+        kinds = dict.fromkeys(operation(nodes[name], model.tensors) for name in layer.nodes)
+        for runner, encoding in _runners(device, fmt, replace(scheme, sparse=False))[:1]:
+            if slow := [kind for kind in kinds if kind in encoding.slow_for]:
+                words = f"{runner.name} runs {', '.join(slow)} slower with {scheme} than with floats"
+                notes.append(Note(layer.name, f"{words} ({encoding.source})"))
+    return tuple(notes)
+
+
+def _runners(device: Device, fmt: str, scheme: Scheme) -> list[tuple[Accelerator, Encoding]]:
+    """Accelerators that run a dense encoding, the preferred one first, each with what its profile says of it."""
+    return [
+        (accelerator, encoding)
+        for accelerator in device.runners(fmt)
+        for encoding in device.encodings(accelerator)
+        if scheme in _schemes(encoding)
+    ]
 
 
 def fallbacks(model: Model, device: Device, fmt: str, dtype: str) -> tuple[Note, ...]:

@@ -26,6 +26,7 @@ from octoc.errors import ArtifactError, UsageError
 Array = NDArray[Any]
 
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
+_PIECE = 1 << 20  # codes packed at a time: unpacked bits take a byte each; a multiple of 8
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,48 @@ def expand(grid: Array, shape: tuple[int, ...]) -> Array:
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that `count` codes of `bits` bits take when packed without gaps."""
     return -(-count * bits // 8)
+
+
+def pack_codes(codes: Array, bits: int) -> Array:
+    """Codes without gaps: uint8 [packed_bytes(codes.size, bits)].
+
+    Each code follows the one before from the least significant bit of a byte on, across bytes; what is left of the last
+    byte is zero. ONNX, TFLite and MIL all store codes so.
+
+    Args:
+        codes: integers of one byte, of any shape; the low `bits` bits of each are stored.
+        bits: width of a code, 1 to 8.
+    """
+    low = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
+    packed = np.empty(packed_bytes(low.size, bits), np.uint8)
+    for start in range(0, low.size, _PIECE):
+        each = np.unpackbits(low[start : start + _PIECE, None], axis=1, bitorder="little", count=bits)  # [codes, bits]
+        piece = np.packbits(each, bitorder="little")
+        first = start * bits // 8
+        packed[first : first + piece.size] = piece
+    return packed
+
+
+def unpack_codes(packed: Array, count: int, bits: int, signed: bool) -> Array:
+    """The inverse of `pack_codes`: int8 (signed) or uint8 [count].
+
+    Raises:
+        ArtifactError: the bytes are not those of `count` codes.
+    """
+    if packed.size != packed_bytes(count, bits):
+        raise ArtifactError(f"{packed.size} bytes cannot hold {count} codes of {bits} bits")
+    codes = np.empty(count, np.uint8)
+    for start in range(0, count, _PIECE):
+        number = min(_PIECE, count - start)
+        first = start * bits // 8
+        piece = packed[first : first + packed_bytes(number, bits)]
+        each = np.unpackbits(piece, bitorder="little", count=number * bits).reshape(number, bits)
+        codes[start : start + number] = np.packbits(each, axis=1, bitorder="little").reshape(-1)
+    if not signed:
+        return codes
+    spare = 8 - bits
+    extended: Array = (codes << spare).view(np.int8) >> spare
+    return extended
 
 
 @dataclass(frozen=True, eq=False)

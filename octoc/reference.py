@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from octoc.errors import OctocError, UsageError
+from octoc.errors import OctocError, UsageError, reason
 
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -64,13 +64,6 @@ def call(text: str, failure: type[OctocError]) -> Any:
         raise
     except (Exception, SystemExit) as error:
         raise failure(f"{text}() failed: {reason(error)}") from error
-
-
-def reason(error: BaseException) -> str:
-    """An error of somebody else's code on one line, its type first."""
-    text = " ".join(str(error).split())
-    short = text if len(text) <= 300 else text[:297] + "..."
-    return f"{type(error).__name__}: {short}" if short else type(error).__name__
 
 
 def _within(missing: str | None, wanted: str) -> bool:

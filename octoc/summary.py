@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from octoc.placement import fallbacks
+from octoc.placement import fallbacks, slowdowns, uncoded
 from octoc.plan import front
 from octoc.report import ArtifactReport, Check, LayerLine, Point
 from octoc.search import Plan
@@ -41,9 +41,13 @@ def summarize(
         layers=tuple(_lines(bench, plan)),
         front=(*_thin(hull), *points),
         reachable=reachable,
-        skipped=tuple(bench.skipped),
-        fallbacks=(*bench.remarks(plan), *fallbacks(bench.shared.shaped, bench.job.device, bench.job.format, dtype)),
-        notes=tuple(getattr(bench.base, "notes", ())),
+        skipped=(*bench.skipped, *uncoded(bench.model)),
+        fallbacks=(
+            *bench.remarks(plan),
+            *slowdowns(bench.model, bench.job.device, bench.job.format, dict(choice.key for choice in plan)),
+            *fallbacks(bench.shared.shaped, bench.job.device, bench.job.format, dtype),
+        ),
+        notes=(*shared.original.notes, *getattr(bench.base, "notes", ())),
         activations="int8" if bench.integer else "float",
     )
 

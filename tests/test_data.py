@@ -228,20 +228,6 @@ def test_an_input_without_a_batch_is_refused() -> None:
         Dataset((np.ones(3, np.float32),), None, "d").check([InputSpec("scale", (), torch.float32)])
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (Y, "y runs from 0 to 2; the network has 2 classes, from 0"),
-        (Y - 1, "y runs from -1 to 1"),
-        (Y.astype(np.float32), r"y is float32; class numbers are integers; y\.astype"),
-        (Y + 0.5, "y is float64; class numbers are integers$"),
-    ],
-)
-def test_labels_that_are_no_classes_of_the_network_are_refused(labels: np.ndarray, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        Dataset((X,), labels, "d").check([IMAGE], classes=2)
-
-
 @pytest.mark.parametrize("name", ["d.npz", "d.npy"])
 @pytest.mark.parametrize(
     "content", [b"", b"\x00", b"PK\x03\x04rest", os.urandom(500), b"\x93NUMPY\x01\x00", b"text\n" * 9]

@@ -24,7 +24,19 @@ from octoc.proof import NAME, artifact_bytes, artifact_files, artifact_sha256, r
 from octoc.qtensor import Affine, Array, Sparse
 from octoc.recipe import Encode, Factorize, Prune, read_recipe
 from octoc.report import ArtifactReport, Check, Report, read_report
-from tests.zoo import CASES, DEVICES, FORMATS, Convolutional, answers, built, compressed, difference, expected, normal
+from tests.zoo import (
+    CASES,
+    DEVICES,
+    FORMATS,
+    Convolutional,
+    answers,
+    built,
+    compressed,
+    difference,
+    expected,
+    normal,
+    recurrent,
+)
 
 pytest.importorskip("litert_torch", reason="the extra tflite is not installed")
 
@@ -114,6 +126,20 @@ def integers(network: nn.Module, labels: Array, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("integers")
     report = octoc.compress_model(network, devices=DEVICES, data=(X, labels), out=out, activations="int8")
     return Run(out, report, network)
+
+
+def test_weights_of_a_recurrent_layer_are_named_with_the_reason_why_they_stay_floats(tmp_path: Path) -> None:
+    x = normal(10, 8)
+    report = compressed(built(lambda: recurrent(nn.LSTM)), (x,), tmp_path, devices=["raspberry-pi-5"], dry_run=True)
+    (artifact,) = report.artifacts
+    assert {note.what for note in artifact.skipped} == {"body.weight_ih_l0", "body.weight_hh_l0"}
+    assert all("lstm" in note.reason for note in artifact.skipped)
+
+
+def test_a_batch_that_must_be_fixed_is_said(tmp_path: Path) -> None:
+    case = CASES["a batch of two"]
+    report = compressed(built(case.make), case.inputs, tmp_path, devices=["raspberry-pi-5"], dry_run=True)
+    assert "the number of samples is fixed, 2 to a call: " in report.artifacts[0].notes[0]
 
 
 def test_quality_in_the_report_is_that_of_the_files(floats: Run, labels: Array) -> None:

@@ -14,8 +14,9 @@ from octoc.device import Device, find_device, load_devices
 from octoc.export import exporter
 from octoc.load.module import from_module
 from octoc.model import Layer, Model
-from octoc.placement import Offer, choices, fallbacks, offers, sparse_offers
+from octoc.placement import Offer, choices, fallbacks, offers, slowdowns, sparse_offers, uncoded
 from octoc.qtensor import PALETTE_BITS, Scheme
+from tests.zoo import Graph, recurrent
 
 DEVICES = load_devices()
 PAIRS = [(device, fmt) for device in DEVICES.values() for fmt in device.formats]
@@ -213,6 +214,54 @@ def test_a_window_beyond_an_accelerator_s_bounds_falls_back_with_its_number(chan
     assert [note.what for note in found] == ["conv2d"]
     assert str(next(iter(change.values()))) in found[0].reason
     assert fallbacks(from_module(Mixed(), [torch.zeros(1, 3, 64, 64)]), narrow, "coreml", "float16") == ()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_weights_of_a_recurrent_layer_are_said_to_stay_floats(kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+    notes = uncoded(from_module(recurrent(kind), [torch.zeros(2, 10, 8)]))
+    assert {note.what for note in notes} == {"body.weight_ih_l0", "body.weight_hh_l0"}
+    assert all(kind.__name__.lower() in note.reason for note in notes)
+
+
+def test_a_matrix_on_the_left_of_a_product_stays_floats_and_a_mask_is_no_weight() -> None:
+    network = Graph(
+        lambda own, x: own.left @ own.head(x + own.mask).T,
+        left=torch.randn(3, 4),
+        mask=torch.zeros(1, 8),
+        head=nn.Linear(8, 4),
+    )
+    (note,) = uncoded(from_module(network, [torch.zeros(2, 8)]))
+    assert note.what == "left"
+    assert "matmul" in note.reason
+
+
+def test_a_network_of_known_layers_has_no_weight_that_stays_floats_unsaid(mixed: Model) -> None:
+    assert uncoded(mixed) == ()
+
+
+def test_a_weight_is_named_where_its_encoding_saves_bytes_but_takes_time(mixed: Model) -> None:
+    """onnxruntime has a kernel for matrices of 4 bits in groups, and dequantizes convolutions on each run."""
+    board = find_device("raspberry-pi-5", DEVICES)
+    assert (
+        slowdowns(mixed, board, "onnx", dict.fromkeys(["conv.weight", "linear.weight"], Scheme.parse("int8-channel")))
+        == ()
+    )
+    small = dict.fromkeys(["conv.weight", "linear.weight"], Scheme.parse("int4-group16"))
+    (note,) = slowdowns(mixed, board, "onnx", small)
+    assert note.what == "conv.weight"
+    assert "runs conv2d slower with int4-group16 than with floats" in note.reason
+    assert board.runners("onnx")[0].name in note.reason
+    assert slowdowns(mixed, board, "onnx", {"linear.weight": small["linear.weight"]}) == ()
+
+
+def test_an_encoding_is_slow_where_the_first_accelerator_that_runs_it_says_so(mixed: Model) -> None:
+    board = find_device("raspberry-pi-5", DEVICES)
+    slow = board.runners("onnx")[0]
+    without = replace(slow, encodings=tuple(e for e in slow.encodings if e.name != "int4-group"))
+    quick = replace(slow, encodings=tuple(replace(e, slow_for=()) for e in slow.encodings))
+    chosen = {"conv.weight": Scheme.parse("int4-group16")}
+    for accelerators, count in (((slow, quick), 1), ((quick, slow), 0), ((without, slow), 1), ((without, quick), 0)):
+        assert len(slowdowns(mixed, replace(board, accelerators=accelerators), "onnx", chosen)) == count
 
 
 def test_where_no_accelerator_runs_the_format_everything_falls_back(mixed: Model) -> None:

@@ -20,8 +20,10 @@ from octoc.qtensor import (
     describe,
     difference,
     expand,
+    pack_codes,
     packed_bytes,
     rebuild,
+    unpack_codes,
 )
 
 SHAPE = (4, 6, 3)
@@ -200,3 +202,30 @@ def test_codes_mean_what_the_definition_says():
     np.testing.assert_array_equal(palette.dequantize(), [[-1, 1], [7, 5]])
     sparse = Sparse(np.array([[True, False], [False, True]]), palette)
     np.testing.assert_array_equal(sparse.dequantize(), [[-1, 0], [0, 5]])
+
+
+@given(st.integers(1, 8), st.booleans(), st.data())
+def test_packed_codes_stand_bit_after_bit_and_unpack_again(bits: int, signed: bool, data: st.DataObject) -> None:
+    low = -(2 ** (bits - 1)) if signed else 0
+    numbers = data.draw(st.lists(st.integers(low, low + 2**bits - 1), max_size=40))
+    codes = np.array(numbers, np.int8 if signed else np.uint8)
+    packed = pack_codes(codes, bits)
+    whole = sum((number & (2**bits - 1)) << (bits * i) for i, number in enumerate(numbers))
+    assert packed.tobytes() == whole.to_bytes(packed_bytes(codes.size, bits), "little")
+    found = unpack_codes(packed, codes.size, bits, signed)
+    assert found.dtype == codes.dtype
+    np.testing.assert_array_equal(found, codes)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4])
+def test_pieces_of_a_large_array_meet_without_a_gap(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = np.random.default_rng(0).integers(0, 2**bits, (5, 21)).astype(np.uint8)
+    packed = pack_codes(codes, bits)
+    monkeypatch.setattr("octoc.qtensor._PIECE", 8)
+    np.testing.assert_array_equal(pack_codes(codes.T.copy().T, bits), packed)
+    np.testing.assert_array_equal(unpack_codes(packed, 105, bits, False), codes.reshape(-1))
+
+
+def test_bytes_of_another_number_of_codes_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="3 bytes cannot hold 9 codes"):
+        unpack_codes(np.zeros(3, np.uint8), 9, 4, True)

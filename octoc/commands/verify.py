@@ -13,13 +13,13 @@ from octoc.commands.terminal import reader, work
 
 
 @click.command()
-@click.argument("artifact", type=options.FILE)
+@click.argument("artifact", type=options.FILE, metavar="ARTEFACT")
 @click.option("--proof", type=options.FILE, metavar="FILE", help="Default: proof.safetensors beside the artefact.")
 @options.as_json
 @options.quiet
 @options.traceback
 def verify(artifact: Path, proof: Path | None, as_json: bool, quiet: bool) -> None:
-    """Check that ARTIFACT is what was proven: its codes, its outputs, its bytes."""
+    """Check that ARTEFACT is what was proven: its codes, its outputs, its bytes."""
     with work(quiet):
         from octoc.verify import require, verify_file
 

@@ -2,7 +2,7 @@
 
 A format is a file `octoc/export/NAME.py` with
 
-    FILE                                    what the artefact is called inside its folder
+    FILE                                    what the artefact is called inside its folder; the ending is its alone
     accepts(scheme, layer, integer) -> str | None
                                             why the format cannot hold the weight so, or None; the planner asks first.
                                             `integer` is True where the operation's activations are int8.
@@ -12,17 +12,26 @@ A format is a file `octoc/export/NAME.py` with
                                             same bytes. `path` does not exist before.
     read_codes(path) -> dict[str, QTensor]  what the file holds, by the names of `small.qtensors`
 
-and a module of the same name in `octoc/runtime/` that runs it.
+What `convert` returns is the exporter's own, and may have
+
+    names: frozenset[str]                   tensors that `write` takes codes for, where the converter has transformed
+                                            some of the model's; all, where the attribute is missing
+    compute: str                            dtype that the file computes in, and that its scales have; "float32"
+                                            where it is missing
+    notes: tuple[str, ...]                  what the report must say of the conversion, a line each
+
+A module of the same name in `octoc/runtime/` runs it: `open_session(path, threads)` and `integer_operations(path)`; see
+`octoc/runtime/__init__.py`. An accelerator of `devices.yaml` names the formats that it takes.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from octoc.accelerator import FORMATS
 from octoc.errors import UsageError
 
 
@@ -42,7 +51,7 @@ class Exporter(Protocol):
 
 def formats() -> tuple[str, ...]:
     """Names of all formats, without importing them."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg))
+    return FORMATS
 
 
 def exporter(name: str) -> Exporter:

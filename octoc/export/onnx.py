@@ -26,7 +26,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from octoc.compressed import Compressed
-from octoc.errors import ArtifactError, HostError, ModelError
+from octoc.errors import ArtifactError, HostError, ModelError, first_line
 from octoc.export.onnx_lowering.activations import to_unsigned
 from octoc.export.onnx_lowering.clean import OPSET, clean
 from octoc.export.onnx_lowering.prepare import prepare
@@ -177,8 +177,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return first_line(error)
 
 
 def _name_batch(value: onnx.ValueInfoProto, free: bool) -> None:

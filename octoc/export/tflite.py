@@ -29,6 +29,7 @@ from octoc.export.tflite_lowering import weights
 from octoc.export.tflite_lowering.flat import Graph, Operation, Value, graph_bytes, read_graph
 from octoc.export.tflite_lowering.integers import to_integers
 from octoc.export.tflite_lowering.places import Place, Places, locate
+from octoc.export.tflite_lowering.prepare import cropped, one_reader_each
 from octoc.model import Layer, Model
 from octoc.qtensor import QTensor, Scheme
 from octoc.runtime.tflite import quiet, read_checked
@@ -97,7 +98,7 @@ def _convert(model: Model, tensors: Mapping[str, Tensor]) -> Graph:
         import litert_torch
 
         try:
-            module = _one_reader_each(model).as_module(tensors)
+            module = cropped(one_reader_each(model)).as_module(tensors)
             content = litert_torch.convert(module, model.examples(1)).model_content()
         except Exception as error:  # the converter raises whatever its passes raise
             raise ModelError(f"TFLite: the converter refuses the network: {_reason(error)}") from error
@@ -113,21 +114,6 @@ def _convert(model: Model, tensors: Mapping[str, Tensor]) -> Graph:
     for name, value in (inputs | outputs).items():
         value.name = name
     return Graph(graph.operations, inputs, outputs)
-
-
-def _one_reader_each(model: Model) -> Model:
-    """A DEQUANTIZE for every reader of one.
-
-    litert-torch's layout pass lets a DEQUANTIZE share its mark with the transpose that it inserts behind it, and then
-    takes the tensor for a transposed one wherever else it is read: a wrong result without an error.
-    """
-    separate = model.copy()
-    for node in list(separate.graph.nodes):
-        if str(node.target) == "quantized_decomposed.dequantize_per_tensor.default":
-            for user in list(node.users)[1:]:
-                with separate.graph.inserting_after(node):
-                    user.replace_input_with(node, separate.graph.node_copy(node))
-    return separate
 
 
 def _names(inputs: Any) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""The place for hooks of federated learning. There are none yet: nothing in octoc looks here."""

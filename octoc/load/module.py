@@ -6,19 +6,19 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from octoc.errors import ModelError, UsageError
+from octoc.errors import ModelError, UsageError, reason
 from octoc.load.graph import from_program
 from octoc.model import Model
-from octoc.reference import reason
 
 
 def from_module(module: nn.Module, examples: Sequence[Tensor] | None = None) -> Model:
-    """Exports a module, with a free batch where it allows one.
+    """Exports a module, with a free batch where it allows one; the model's notes say where it does not, and why.
 
     Args:
         module: put into inference mode for the export and back afterwards; otherwise untouched.
@@ -77,15 +77,25 @@ def _floating(module: nn.Module) -> torch.dtype:
 def _export(module: nn.Module, examples: list[Tensor]) -> Model:
     # torch specialises sizes 0 and 1, so a free batch must be traced with another size.
     pair = [torch.cat([example[:1], example[:1]]) if example.dim() else example for example in examples]
+    why = "an input has no samples, only one value"
     if all(example.dim() for example in examples):
         try:
             model = _trace(module, pair, free_batch=True)
             if model.dynamic_batch:
                 return model
+            why = "not every output has a sample for each sample of the inputs"
         except ModelError:
             raise
-        except Exception:  # noqa: BLE001 - torch.export raises whatever the module's own code raises
-            pass  # a fixed batch is next, and its reason is the one that counts
+        except Exception as error:  # noqa: BLE001 - torch.export raises whatever the module's own code raises
+            why = reason(error)
+    model = _fixed(module, examples)
+    sizes = {spec.shape[0] for spec in model.inputs if spec.shape}
+    number = f"{sizes.pop()} to a call" if len(sizes) == 1 else "as in the examples"
+    return replace(model, notes=(*model.notes, f"the number of samples is fixed, {number}: {why}"))
+
+
+def _fixed(module: nn.Module, examples: list[Tensor]) -> Model:
+    """One sample a call, or as many as the examples have where the module is written for that number."""
     one = [example[:1] if example.dim() else example for example in examples]
     try:
         return _trace(module, one, free_batch=False)
@@ -93,7 +103,7 @@ def _export(module: nn.Module, examples: list[Tensor]) -> Model:
         raise
     except Exception as error:
         if any(example.dim() and len(example) > 1 for example in examples):
-            try:  # a module may be written for one number of samples
+            try:
                 return _trace(module, examples, free_batch=False)
             except Exception:  # noqa: BLE001 - the reason for one sample is the clearer one
                 pass

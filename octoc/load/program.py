@@ -23,10 +23,9 @@ from typing import IO, Any
 import torch
 from torch.export import ExportedProgram
 
-from octoc.errors import ModelError
+from octoc.errors import ModelError, reason
 from octoc.load.graph import from_program
 from octoc.model import Model, aten
-from octoc.reference import reason
 
 _OLD = ("serialized_exported_program.json", "serialized_state_dict.pt", "serialized_constants.pt")
 _OLD_EXAMPLES = "serialized_example_inputs.pt"

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octoc.errors import ModelError
-from octoc.reference import reason
+from octoc.errors import ModelError, reason
 
 _HOLDERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")

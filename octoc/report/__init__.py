@@ -109,7 +109,7 @@ class ArtifactReport:
         front: what the search saw.
         reachable: bytes of the smallest and of the largest plan.
         skipped: what was asked for and not done.
-        fallbacks: operations that the device's first accelerator refuses.
+        fallbacks: operations that the device's first accelerator refuses, and weights in an encoding that runs slowly.
         notes: anything else a reader should know, one line each.
         activations: "float" or "int8".
         seconds: by stage.

@@ -13,7 +13,7 @@ from octoc.units import format_size
 _NARROW = 76  # columns; a table of eight columns does not fit below
 _REASONS = 4  # shown of each kind; the page lists all
 _STYLES = {"held": "green", "failed": "bold red", "planned": "yellow", "unchecked": "yellow"}
-_KINDS = {"fallbacks": "Falls back from the first accelerator", "skipped": "Asked for and not done"}
+_KINDS = {"fallbacks": "Falls back or runs slowly", "skipped": "Asked for and not done"}
 
 
 def print_report(report: Report, console: Console) -> None:

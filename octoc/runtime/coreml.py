@@ -53,10 +53,6 @@ class Session:
         self._threads = threads
         self._states = evaluator.initial_states()
 
-    def reset_states(self) -> None:
-        """Set every state to zero."""
-        self._states = self._evaluator.initial_states()
-
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call.
 

@@ -20,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from octoc.errors import ArtifactError, DataError, HostError
+from octoc.errors import ArtifactError, DataError, HostError, reason
 from octoc.runtime import OpRecord, TensorSpec
 
 Array = NDArray[Any]
@@ -115,7 +115,7 @@ class Session:
         try:
             return dict(zip(names, engine.run(names, arrays), strict=True))
         except Exception as error:
-            raise ArtifactError(f"{self.path.name} fails in onnxruntime: {_line(error)}") from error
+            raise ArtifactError(f"{self.path.name} fails in onnxruntime: {reason(error)}") from error
 
     def _checked(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         takes = {spec.name: spec for spec in self.inputs}
@@ -172,7 +172,7 @@ def _parse(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise HostError(f"{path} cannot be read: {error.strerror}") from error
     except DecodeError as error:
-        raise ArtifactError(f"{path} is not an ONNX file: {_line(error)}") from error
+        raise ArtifactError(f"{path} is not an ONNX file: {reason(error)}") from error
     if not proto.graph.output:
         raise ArtifactError(f"{path} is not an ONNX file: it has no outputs")
     return proto
@@ -205,17 +205,13 @@ def _engine(
     try:
         return onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ArtifactError(f"{path} cannot be loaded by onnxruntime: {_line(error)}") from error
+        raise ArtifactError(f"{path} cannot be loaded by onnxruntime: {reason(error)}") from error
 
 
 def _spec(value: Any) -> TensorSpec:
     shape = tuple(size if isinstance(size, int) else None for size in value.shape)
     inner = value.type.removeprefix("tensor(").removesuffix(")")
     return TensorSpec(value.name, shape, _DTYPES.get(value.type, inner))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def integer_operations(path: Path) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from octoc.errors import ArtifactError, DataError, HostError
+from octoc.errors import ArtifactError, DataError, HostError, reason
 from octoc.qtensor import Array
 from octoc.runtime import OpRecord, TensorSpec
 
@@ -97,7 +97,7 @@ def read_checked(path: Path) -> bytes:
         MemoryError,
         OverflowError,
     ) as error:
-        raise ArtifactError(f"{path} is a damaged TFLite file: {' '.join(str(error).split())[:200]}") from error
+        raise ArtifactError(f"{path} is a damaged TFLite file: {reason(error)}") from error
     return content
 
 
@@ -191,7 +191,7 @@ class Session:
                 interpreter = module.Interpreter(model_content=self._content, num_threads=self._threads, **options)
                 interpreter.allocate_tensors()
         except (RuntimeError, ValueError) as error:
-            raise ArtifactError(f"{self._path}: LiteRT refuses it: {_line(error)}") from error
+            raise ArtifactError(f"{self._path}: LiteRT refuses it: {reason(error)}") from error
         return interpreter
 
     def _names(self, inputs: list[Any], outputs: list[Any]) -> tuple[list[str], list[str]]:
@@ -251,7 +251,7 @@ class Session:
             with quiet():
                 interpreter.invoke()
         except (RuntimeError, ValueError) as error:
-            raise ArtifactError(f"{self._path}: LiteRT fails: {_line(error)}") from error
+            raise ArtifactError(f"{self._path}: LiteRT fails: {reason(error)}") from error
         tensors = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
         records = []
         for operation in interpreter._get_ops_details():
@@ -282,7 +282,7 @@ class Session:
         try:
             self._interpreter.invoke()
         except (RuntimeError, ValueError) as error:
-            raise ArtifactError(f"{self._path}: LiteRT fails: {_line(error)}") from error
+            raise ArtifactError(f"{self._path}: LiteRT fails: {reason(error)}") from error
         return {name: self._interpreter.get_tensor(index) for name, index in self._outputs.items()}
 
 
@@ -320,10 +320,6 @@ def _floats(interpreter: Any, detail: Mapping[str, Any]) -> Array:
         array = (array.astype(np.int64) - point).astype(np.float32) * scale
     floats: Array = array.astype(np.float32)
     return floats
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 # Their second input is the weight.

@@ -376,13 +376,6 @@ def test_signed_four_bit_codes_keep_their_sign(values):
     assert np.array_equal(decode(packed, "INT4", codes.shape), codes)
 
 
-def test_weights_of_many_pieces_are_packed_like_small_ones(monkeypatch):
-    codes = DRAW.integers(0, 8, 1000).astype(np.uint8)
-    whole = to_bytes(codes, "UINT3")
-    monkeypatch.setattr("octoc.export.coreml_lowering.storage._PIECE", 64)
-    assert to_bytes(codes, "UINT3") == whole
-
-
 @given(st.permutations(range(3)), st.integers(0, 3), st.booleans())
 def test_a_layout_is_undone_by_its_inverse(order, position, table):
     axes = [*order]

@@ -11,18 +11,15 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from octoc.compressed import Compressed
 from octoc.errors import ArtifactError, ModelError
 from octoc.export import onnx as exporter
-from octoc.export.onnx_lowering.weights import pack_bits, unpack_bits
 from octoc.graph import fold_batch_norm
 from octoc.load.module import from_module
 from octoc.model import KINDS, Layer, Model
-from octoc.qtensor import Affine, Cast, Palette, QTensor, Scheme, Sparse, difference, expand
+from octoc.qtensor import Affine, Cast, Palette, QTensor, Scheme, Sparse, difference, expand, pack_codes
 from octoc.quantize.activations import calibrate, encode_bias, integer_layers, rewrite
 from octoc.runtime import onnx as runtime
 from tests.networks import trained_resnet20
@@ -204,21 +201,9 @@ def test_onnxruntime_multiplies_by_coded_matrices_directly(
     assert runtime.optimized_operations(path) == {"MatMulNBits": 1}
 
 
-@given(st.lists(st.integers(-8, 7), max_size=33), st.booleans())
-def test_packed_codes_round_trip(codes: list[int], signed: bool) -> None:
-    for bits in (2, 4, 8):
-        low = -(2 ** (bits - 1)) if signed else 0
-        array = np.array([low + (code + 8) % 2**bits for code in codes], np.int8 if signed else np.uint8)
-        raw = pack_bits(array, bits)
-        assert len(raw) == -(-len(codes) * bits // 8)
-        found = unpack_bits(raw, len(codes), bits, signed)
-        assert found.dtype == array.dtype
-        np.testing.assert_array_equal(found, array)
-
-
 def test_packed_codes_are_what_onnx_reads() -> None:
     codes = np.arange(-8, 7, dtype=np.int8)
-    tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT4, dims=[15], raw_data=pack_bits(codes, 4))
+    tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT4, dims=[15], raw_data=pack_codes(codes, 4).tobytes())
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(np.int8), codes)
 
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 pytest.importorskip("litert_torch", reason="the extra tflite is not installed")
@@ -20,14 +18,13 @@ from octoc.compressed import Compressed
 from octoc.errors import ArtifactError, ModelError
 from octoc.export import tflite
 from octoc.export.tflite_lowering.flat import Graph, read_graph
-from octoc.export.tflite_lowering.weights import pack, unpack
 from octoc.graph import fold_batch_norm
 from octoc.load.module import from_module
 from octoc.model import KINDS, Layer, Model
 from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Scheme, Sparse, difference
 from octoc.quantize import encode
 from octoc.quantize.activations import calibrate, encode_bias, integer_layers, rewrite, separate_biases
-from octoc.runtime.tflite import open_session
+from octoc.runtime.tflite import integer_operations, open_session
 from tests.networks import trained_resnet20
 
 LAYER = Layer("w", "conv", (16, 8, 3, 3), 0, 0, 0, ("conv2d",))
@@ -262,6 +259,53 @@ def test_what_no_constant_holds_is_an_error(mixed: Converted, tmp_path: Path, te
         write(mixed.base, Compressed(mixed.model, {"linear.weight": tensor}), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "extra"),
+    [
+        (3, 2, 1, 1),
+        (3, 2, 1, 0),
+        (5, 3, 1, 2),
+        (4, 2, 1, 0),
+        (5, 2, (2, 0), (1, 0)),
+        (4, (2, 1), (1, 2), 0),
+        (3, 2, 0, 1),
+    ],
+)
+def test_transposed_convolutions_of_any_padding_take_codes(
+    tmp_path: Path, kernel: int, stride: int, padding: int, extra: int
+) -> None:
+    torch.manual_seed(3)
+    samples = torch.randn(1, 3, 5, 6)
+    up = nn.ConvTranspose2d(4, 6, kernel, stride, padding, extra)
+    model = from_module(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), up, nn.ReLU()), [samples])
+    base = tflite.convert(model)
+    small = Compressed(model, coded(model, "int8-channel", base.names))
+    assert small.qtensors.keys() == {"0.weight", "2.weight"}
+    path = write(base, small, tmp_path)
+    assert_holds(path, small.qtensors)
+    assert_computes(path, small.decoded, (samples,))
+
+
+def test_a_transposed_convolution_along_one_axis_takes_padding(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    samples = torch.randn(1, 4, 9)
+    model = from_module(nn.ConvTranspose1d(4, 6, 3, 2, 1, 1), [samples])
+    path = write(tflite.convert(model), Compressed(model, {}), tmp_path)
+    assert_computes(path, model, (samples,))
+
+
+def test_a_transposed_convolution_with_its_edges_cut_off_runs_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    samples = torch.randn(4, 3, 6, 6)
+    up = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1)
+    small = in_integers(from_module(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), up, nn.ReLU()), [samples]), samples)
+    path = write(tflite.convert(small.model), small, tmp_path)
+    assert integer_operations(path) == 2
+    (found,), (expected,) = run(path, (samples[:1],)), small.decoded.run(samples[:1])
+    step = next(iter(integer_layers(small.model)["2.weight"]))[1].scale
+    assert np.abs(found - expected.numpy()).max() <= 2 * expected.abs().max().item() / 127 + step
+
+
 # Integer operations one by one
 
 
@@ -396,24 +440,6 @@ def test_a_file_of_another_hand_holds_no_codes(resnet: Trained, tmp_path: Path) 
     (tmp_path / "noise").write_bytes(bytes(range(256)))
     with pytest.raises(ArtifactError, match="no TFLite file"):
         tflite.read_codes(tmp_path / "noise")
-
-
-# Packing
-
-
-@given(st.sampled_from([2, 4, 8]), st.data())
-def test_packed_codes_unpack_to_themselves(bits: int, data: st.DataObject) -> None:
-    limit = 2 ** (bits - 1)
-    codes = np.array(data.draw(st.lists(st.integers(-limit, limit - 1), min_size=1, max_size=40)), np.int8)
-    packed = pack(codes, bits)
-    assert packed.size == -(-codes.size * bits // 8)
-    assert np.array_equal(unpack(packed, codes.size, bits), codes)
-
-
-def test_the_first_of_two_codes_stands_in_the_low_bits() -> None:
-    assert pack(np.array([1, -1, 7], np.int8), 4).tolist() == [0xF1, 0x07]
-    with pytest.raises(ArtifactError, match="3 bytes cannot hold 9 codes"):
-        unpack(np.zeros(3, np.uint8), 9, 4)
 
 
 def test_sparse_weights_are_refused(mixed: Converted, tmp_path: Path) -> None:

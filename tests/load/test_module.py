@@ -114,12 +114,14 @@ def test_arguments_that_must_be_named_follow_the_others_and_integers_stay_intege
         ("mask", (1, 3), torch.float32),
     ]
     assert model.dynamic_batch
+    assert model.notes == ()
     torch.testing.assert_close(model.run(IDS, mask)[0], module(IDS, mask=mask).detach())
 
 
 def test_an_input_without_dimensions_fixes_the_batch() -> None:
     model = from_module(loadable.Scaled(), (ROWS, torch.tensor(2.0)))
     assert not model.dynamic_batch
+    assert model.notes == ("the number of samples is fixed, 1 to a call: an input has no samples, only one value",)
     assert [spec.shape for spec in model.inputs] == [(1, 4), ()]
     torch.testing.assert_close(model.run(ROWS[:1], torch.tensor(3.0))[0], ROWS[:1] * 3)
 
@@ -129,6 +131,7 @@ def test_a_module_without_a_free_batch_is_read_for_one_sample(kind: type[nn.Modu
     inputs = torch.randn(3, 12)
     model = from_module(kind(), (inputs,))
     assert not model.dynamic_batch
+    assert model.notes[0].startswith("the number of samples is fixed, 1 to a call: ")
     torch.testing.assert_close(model.run(inputs[:1])[0], kind()(inputs[:1]))
 
 

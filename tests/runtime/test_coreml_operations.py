@@ -322,7 +322,7 @@ def test_a_state_is_kept_between_calls_and_left_alone_by_a_trace(tmp_path: Path)
     np.testing.assert_array_equal(session.run(feeds)[output], [1, 2])
     session.trace(feeds)
     np.testing.assert_array_equal(session.run(feeds)[output], [2, 4])
-    session.reset_states()
+    session = open_session(path)
     np.testing.assert_array_equal(
         session.run_many({name: np.stack([x] * 3) for name, x in feeds.items()})[output], [[1, 2], [2, 4], [3, 6]]
     )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from octoc.errors import HostError, ModelError
+from octoc.errors import HostError, ModelError, first_line
 from octoc.model import Model, aten
 
 # Passes that compute new weights from weights and constants, or new quantization scales (batch norm is folded before
@@ -76,7 +76,7 @@ def export(model: Model, overrides: Mapping[str, Tensor]) -> ExportedProgram:
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(f"Core ML: the graph cannot be exported again: {_first_line(error)}") from error
+            raise ModelError(f"Core ML: the graph cannot be exported again: {first_line(error)}") from error
 
 
 def _separate_outputs(graph: fx.Graph) -> None:
@@ -107,7 +107,7 @@ def expand(program: ExportedProgram) -> ExportedProgram:
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(f"Core ML: the graph cannot be decomposed: {_first_line(error)}") from error
+            raise ModelError(f"Core ML: the graph cannot be decomposed: {first_line(error)}") from error
 
 
 def convert(program: ExportedProgram, outputs: tuple[str, ...], compute: str) -> Any:
@@ -142,7 +142,7 @@ def convert(program: ExportedProgram, outputs: tuple[str, ...], compute: str) ->
             # The frames hold a temporary folder that warns when it goes; here nobody hears it.
             traceback.clear_frames(error.__traceback__)
             where = f"operation {failed[0]}: " if failed else ""
-            raise ModelError(f"Core ML: {where}{_first_line(error)}") from error
+            raise ModelError(f"Core ML: {where}{first_line(error)}") from error
 
 
 def load_coremltools() -> Any:
@@ -177,11 +177,6 @@ def _register_replacements() -> None:
 
 def _output_dtype(node: Any) -> type:
     return np.float32 if node.meta["val"].is_floating_point() else np.int32
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 @contextlib.contextmanager

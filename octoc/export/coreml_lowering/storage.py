@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 
-from octoc.qtensor import Array
+from octoc.qtensor import Array, pack_codes
 
 _ALIGNMENT = 64
-_PIECE = 1 << 20  # codes packed at a time: unpacked bits take a byte each; a multiple of 8
 
 
 @dataclass(frozen=True)
@@ -58,24 +56,10 @@ TYPES = {
 }
 
 
-def pack(codes: Array, bits: int) -> Iterator[bytes]:
-    """Codes without gaps, piece by piece.
-
-    Args:
-        codes: integers of one byte, of any shape; the low `bits` bits of each are stored.
-        bits: width of a code.
-    """
-    low = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
-    for start in range(0, low.size, _PIECE):
-        piece = low[start : start + _PIECE]
-        each = np.unpackbits(piece[:, None], axis=1, bitorder="little", count=bits)  # [codes, bits]
-        yield np.packbits(each.reshape(-1), bitorder="little").tobytes()
-
-
 def to_bytes(array: Array, kind: str) -> bytes:
     """The bytes of an array as a MIL type."""
     bits = TYPES[kind].bits
-    return b"".join(pack(array, bits)) if bits < 8 else np.ascontiguousarray(array).tobytes()
+    return (pack_codes(array, bits) if bits < 8 else np.ascontiguousarray(array)).tobytes()
 
 
 class WeightWriter:

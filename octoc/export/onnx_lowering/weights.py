@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from octoc.errors import ArtifactError
-from octoc.qtensor import Affine, Cast, QTensor, describe, rebuild
+from octoc.qtensor import Affine, Cast, QTensor, describe, pack_codes, rebuild, unpack_codes
 
 Array = NDArray[Any]
 
@@ -83,27 +83,6 @@ class Stored:
     initializers: list[TensorProto]
     nodes: list[onnx.NodeProto]
     facts: dict[str, Any]
-
-
-def pack_bits(codes: Array, bits: int) -> bytes:
-    """Codes of 2, 4 or 8 bits, the first in the lowest bits of a byte, the last byte filled up with zeros."""
-    per_byte = 8 // bits
-    flat = codes.reshape(-1).view(np.uint8) & ((1 << bits) - 1)
-    flat = np.pad(flat, (0, -flat.size % per_byte)).reshape(-1, per_byte)
-    shifts = np.arange(per_byte, dtype=np.uint8) * bits
-    packed: Array = np.bitwise_or.reduce(flat << shifts, axis=1)
-    return packed.astype(np.uint8).tobytes()
-
-
-def unpack_bits(raw: bytes, count: int, bits: int, signed: bool) -> Array:
-    """int8 or uint8 codes, the inverse of `pack_bits`."""
-    per_byte = 8 // bits
-    shifts = np.arange(per_byte, dtype=np.uint8) * bits
-    flat = ((np.frombuffer(raw, np.uint8)[:, None] >> shifts) & ((1 << bits) - 1)).reshape(-1)[:count]
-    if not signed:
-        return flat
-    spare = 8 - bits
-    return (flat << spare).astype(np.uint8).view(np.int8) >> spare
 
 
 def choose(affine: Affine, transposed: bool) -> Layout:
@@ -231,7 +210,7 @@ def _axis(layout: Layout) -> tuple[int | None, int, list[int]]:
 
 
 def _integers(name: str, array: Array, tensor: Affine) -> TensorProto:
-    raw = array.tobytes() if tensor.bits >= 8 else pack_bits(np.array(array, order="C"), tensor.bits)
+    raw = (array if tensor.bits >= 8 else pack_codes(array, tensor.bits)).tobytes()
     return TensorProto(name=name, dims=array.shape, data_type=ELEMENTS[tensor.bits, tensor.signed], raw_data=raw)
 
 
@@ -271,4 +250,5 @@ def decode(name: str, facts: Mapping[str, Any], initializers: Mapping[str, Tenso
 def _read(tensor: TensorProto, facts: Mapping[str, Any]) -> Array:
     if tensor.data_type in _FLOATS.values() or facts["bits"] >= 8:
         return numpy_helper.to_array(tensor)
-    return unpack_bits(tensor.raw_data, math.prod(tensor.dims), facts["bits"], facts["signed"])
+    raw = np.frombuffer(tensor.raw_data, np.uint8)
+    return unpack_codes(raw, math.prod(tensor.dims), facts["bits"], facts["signed"])

@@ -24,37 +24,10 @@ from ai_edge_litert import schema_py_generated as schema
 
 from octoc.errors import ArtifactError, ModelError
 from octoc.export.tflite_lowering.flat import Grid, Operation, Value, constant, is_identity, operation
-from octoc.qtensor import Affine, Array, Cast, QTensor, describe, rebuild
+from octoc.qtensor import Affine, Array, Cast, QTensor, describe, pack_codes, rebuild, unpack_codes
 
 CODE_TYPES = {8: schema.TensorType.INT8, 4: schema.TensorType.INT4, 2: schema.TensorType.INT2}
 _DEQUANTIZE_VERSION = {8: 5, 4: 6, 2: 6}
-
-
-def pack(codes: Array, bits: int) -> Array:
-    """Codes of 2, 4 or 8 bits as uint8 bytes, the first code in the low bits, the last byte padded with zeros.
-
-    Args:
-        codes: int8 of any shape.
-        bits: width of a code.
-    """
-    fields = codes.reshape(-1).view(np.uint8) & np.uint8(2**bits - 1)
-    each = 8 // bits
-    fields = np.pad(fields, (0, -fields.size % each)).reshape(-1, each)
-    shifts = np.arange(each, dtype=np.uint8) * np.uint8(bits)
-    packed: Array = np.bitwise_or.reduce(fields << shifts, axis=1).astype(np.uint8)
-    return packed
-
-
-def unpack(data: Array, count: int, bits: int) -> Array:
-    """The inverse of `pack`: int8 [count]."""
-    each = 8 // bits
-    if data.size != -(-count // each):
-        raise ArtifactError(f"{data.size} bytes cannot hold {count} codes of {bits} bits")
-    shifts = np.arange(each, dtype=np.uint8) * np.uint8(bits)
-    fields = (data[:, None] >> shifts).reshape(-1)[:count].astype(np.uint8)
-    unused = 8 - bits
-    signed: Array = (fields << np.uint8(unused)).view(np.int8) >> np.int8(unused)
-    return signed
 
 
 @dataclass(frozen=True)
@@ -130,7 +103,7 @@ def encode(name: str, tensor: QTensor, place: Value, axes: tuple[int, ...]) -> t
     axis = 0 if layout.rows else _scale_axis(tensor, axes, place.shape)
     shape = (scale.size, codes.size // scale.size) if layout.rows else place.shape
     grid = Grid(scale, zero_point.transpose(axes).reshape(-1), axis)
-    stored = Value(shape, CODE_TYPES[tensor.bits], pack(np.ascontiguousarray(codes), tensor.bits), grid, name)
+    stored = Value(shape, CODE_TYPES[tensor.bits], pack_codes(codes, tensor.bits), grid, name)
     operations, result = _restore(stored, codes.shape, layout, place.shape, tensor.bits)
     return operations, stored, result
 
@@ -252,7 +225,7 @@ def _decode_affine(stored: Value, rest: dict[str, Any], shape: tuple[int, ...], 
     arrays = {"scale": in_order(stored.grid.scale)}
     half = 0 if rest["signed"] else 2 ** (rest["bits"] - 1)
     dtype = np.int8 if rest["signed"] else np.uint8
-    codes = unpack(stored.data, math.prod(shape), rest["bits"])
+    codes = unpack_codes(stored.data, math.prod(shape), rest["bits"], signed=True)
     codes = arrange(shape, grid, axes).invert(codes, shape)
     arrays["codes"] = (codes.astype(np.int16) + half).astype(dtype)
     if has_points:
