@@ -17,9 +17,10 @@ from octoc.quantize.activations import integer_layers
 from octoc.recipe import Encode
 from octoc.report import ArtifactReport, Check, Point
 from octoc.search import Outcome, Plan
+from octoc.shared import Job, Shared
 from octoc.summary import summarize
 from octoc.verify import verify
-from octoc.workbench import Job, Shared, Workbench
+from octoc.workbench import Workbench
 
 # Largest difference between an artefact and the compressed network in torch, as a share of the largest output.
 # Floats: rounding in another order. float16: 11 bits a value through the whole network. int8 activations: a value on

@@ -30,7 +30,7 @@ from octoc.progress import Clock, Progress, Silent
 from octoc.qtensor import Scheme
 from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune
 from octoc.report import ArtifactReport, Report
-from octoc.workbench import Job, Shared
+from octoc.shared import Job, Shared
 
 if TYPE_CHECKING:
     from torch import nn

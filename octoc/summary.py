@@ -41,9 +41,9 @@ def summarize(
         layers=tuple(_lines(bench, plan)),
         front=(*_thin(hull), *points),
         reachable=reachable,
-        skipped=(*bench.skipped, *uncoded(bench.model)),
+        skipped=(*bench.offering.skipped, *uncoded(bench.model)),
         fallbacks=(
-            *bench.remarks(plan),
+            *bench.offering.remarks(plan),
             *slowdowns(bench.model, bench.job.device, bench.job.format, dict(choice.key for choice in plan)),
             *fallbacks(bench.shared.shaped, bench.job.device, bench.job.format, dtype),
         ),

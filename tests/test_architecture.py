@@ -32,7 +32,7 @@ FLOORS = (
         "bench",
         "fl_hooks",
     },
-    {"options", "workbench", "summary", "artifact", "pipeline"},
+    {"options", "shared", "offering", "workbench", "summary", "artifact", "pipeline"},
     {"demo"},
     {"commands", "cli", "__main__"},
 )

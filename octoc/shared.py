@@ -1,0 +1,115 @@
+"""What all artefacts of a run share: measured once, calibrated once, converted and encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from octoc.apply import Encoder, restructure
+from octoc.data import Dataset
+from octoc.device import Device
+from octoc.evaluate import model_calls
+from octoc.metrics import Metric
+from octoc.model import Model
+from octoc.options import Options
+from octoc.profile import Profile, measure
+from octoc.progress import Clock
+from octoc.proof import Array
+from octoc.quantize.activations import calibrate
+from octoc.quantize.equalize import exponents
+from octoc.recipe import Decision, Equalize, QuantizeActivations
+
+CALIBRATION_BATCH = 32
+PROFILE_SAMPLES = 64
+FEW_SAMPLES = 16  # where the network fixes its batch, and each call measures all layers anew
+SAMPLES = 64  # enough for the mean of a channel, few enough to keep every value of one evaluation
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artefact to make."""
+
+    device: Device
+    format: str
+
+
+@dataclass
+class Shared:
+    """See the module; `Options` and the network come in, the rest fills up on demand."""
+
+    original: Model
+    fingerprint: str
+    shaped: Model
+    structure: tuple[Decision, ...]
+    data: Dataset
+    calibration: Dataset
+    metric: Metric
+    target: Array | None
+    quality: float
+    outputs: Sequence[Array]
+    options: Options
+    clock: Clock
+    bases: dict[tuple[str, str], Any] = field(default_factory=dict)
+    encoders: dict[str, Encoder] = field(default_factory=dict)
+    calibrated: tuple[Equalize | QuantizeActivations, ...] = ()
+    measured: Profile | None = None
+    answers: list[tuple[torch.Tensor, ...]] | None = None
+
+    def activated(self, integer: bool) -> tuple[Model, tuple[Equalize | QuantizeActivations, ...]]:
+        """The network with int8 activations where they are wanted or the recipe has them, and the steps to it."""
+        recipe = self.options.recipe
+        if recipe is not None:
+            steps = tuple(s for s in recipe.steps if isinstance(s, Equalize | QuantizeActivations))
+        elif integer:
+            steps = self.calibrated = self.calibrated or self._calibrate()
+        else:
+            steps = ()
+        return restructure(self.shaped, steps), steps
+
+    def _calibrate(self) -> tuple[Equalize | QuantizeActivations, ...]:
+        with self.clock.stage("calibrate", "Equalising channels", len(self.calibration)):
+            powers = exponents(self.shaped, self._batches())
+        steps = (Equalize(powers),) if powers else ()
+        with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
+            ranges = calibrate(restructure(self.shaped, steps), self._batches())
+        return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
+
+    def profile(self) -> Profile:
+        """Every weight's sensitivity, measured when the first artefact needs it."""
+        if self.measured is None:
+            shaped, classes = self.shaped, self.classes
+            samples = model_calls(
+                shaped, self.calibration.inputs, PROFILE_SAMPLES if shaped.dynamic_batch else FEW_SAMPLES
+            )
+            advance = self.clock.progress.advance
+            with self.clock.stage(
+                "profile", "Measuring every layer's sensitivity", len(shaped.layers()) * len(samples)
+            ):
+                found = [measure(shaped, call, classes, self.options.seed, advance) for call in samples]
+            mean = {name: sum(p.sensitivity[name] for p in found) / len(found) for name in found[0].sensitivity}
+            self.measured = replace(found[0], sensitivity=mean, samples=sum(p.samples for p in found))
+        return self.measured
+
+    @property
+    def classes(self) -> bool:
+        """Whether outputs are compared as distributions over classes."""
+        return self.metric.name in ("top1", "top5", "loss")
+
+    def references(self) -> list[tuple[torch.Tensor, ...]]:
+        """The uncompressed network's outputs for `samples()`."""
+        if self.answers is None:
+            self.answers = [self.shaped.run(*sample) for sample in self.samples()]
+        return self.answers
+
+    def samples(self) -> list[tuple[torch.Tensor, ...]]:
+        """Calibration samples for what is measured in a few calls, as the network takes them."""
+        return model_calls(self.shaped, self.calibration.inputs, SAMPLES)
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """All calibration samples, a few at a time, as the network takes them."""
+        for arrays, _ in self.calibration.batches(CALIBRATION_BATCH):
+            yield from model_calls(self.shaped, arrays, CALIBRATION_BATCH)
+            self.clock.progress.advance(len(arrays[0]))
