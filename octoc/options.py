@@ -57,6 +57,7 @@ class Options:
     weights: str | None = None
     bits: int | None = None
     group_size: int | None = None
+    sensitivity: Path | None = None
     activations: str | None = None
     sparsity: float | None = None
     rank: float | None = None
@@ -79,6 +80,7 @@ def parse_options(
     weights: str | None,
     bits: int | None,
     group_size: int | None,
+    sensitivity: str | Path | None,
     activations: str | None,
     sparsity: float | None,
     rank: float | None,
@@ -111,6 +113,7 @@ def parse_options(
             "bits": bits,
             "group-size": group_size,
             "avg-bits": avg_bits,
+            "sensitivity": sensitivity,
             "activations": activations,
             "sparsity": sparsity,
             "rank": rank,
@@ -129,6 +132,7 @@ def parse_options(
         weights=_encoding(weights),
         bits=bits,
         group_size=group_size,
+        sensitivity=None if sensitivity is None else Path(sensitivity),
         activations=activations,
         sparsity=_fraction("sparsity", sparsity),
         rank=_fraction("rank", rank),

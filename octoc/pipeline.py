@@ -53,6 +53,7 @@ def compress_model(
     weights: str | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    sensitivity: str | Path | None = None,
     activations: str | None = None,
     sparsity: float | None = None,
     rank: float | None = None,
@@ -83,6 +84,7 @@ def compress_model(
             is a goal, and means "int8" where there is none.
         bits: width of every code, 1 to 8, in place of a whole encoding.
         group_size: weights that share a scale, or channels that share a table.
+        sensitivity: `sensitivity.json` of an earlier run on this network, in place of measuring.
         activations: "float" or "int8"; None means floats, and int8 where the device runs nothing else.
         sparsity: fraction of weights that magnitude pruning sets to zero.
         rank: share of the full rank that truncated SVD keeps, where that saves.
@@ -112,6 +114,7 @@ def compress_model(
         weights=weights,
         bits=bits,
         group_size=group_size,
+        sensitivity=sensitivity,
         activations=activations,
         sparsity=sparsity,
         rank=rank,
@@ -169,7 +172,7 @@ def compress_model(
             seconds={key: round(value, 3) for key, value in clock.seconds.items()},
         )
         if not dry_run:
-            _write_report(report, work, Path(out))
+            _write_report(report, shared.measured_json(), work, Path(out))
     if failures:
         where = "" if dry_run else f"; the rest is in {Path(out) / 'report.html'}"
         raise ModelError(f"{'; '.join(failures)}{where}")
@@ -302,10 +305,14 @@ def _workspace(out: Path, dry_run: bool) -> Iterator[Path]:
             out.rmdir()
 
 
-def _write_report(report: Report, work: Path, out: Path) -> None:
+def _write_report(report: Report, sensitivities: str | None, work: Path, out: Path) -> None:
     from octoc.report.html import write_html
 
     (work / "report.json").write_text(report.to_json())
     write_html(report, work / "report.html")
-    for name in ("report.json", "report.html"):
+    names = ["report.json", "report.html"]
+    if sensitivities is not None:
+        (work / "sensitivity.json").write_text(sensitivities)
+        names.append("sensitivity.json")
+    for name in names:
         (work / name).replace(out / name)

@@ -12,13 +12,17 @@ Theorem", arXiv 2411.17525): for small errors the loss increase is close to the 
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from octoc.errors import UsageError
 from octoc.model import Layer, Model, evaluate
 
 NOISE = 0.1  # relative size; small enough for the quadratic regime, large enough to stand above float rounding
@@ -40,6 +44,43 @@ class Profile:
     sensitivity: dict[str, float]
     divergence: str
     samples: int
+
+    def to_json(self, model: str) -> str:
+        """As `read_profile` reads it.
+
+        Args:
+            model: fingerprint of the network that was measured.
+        """
+        facts = {"model": model, "divergence": self.divergence, "samples": self.samples}
+        return json.dumps({**facts, "sensitivity": self.sensitivity}, indent=1) + "\n"
+
+
+def read_profile(path: Path, model: str, layers: tuple[Layer, ...], divergence: str) -> Profile:
+    """The inverse of `Profile.to_json`.
+
+    Args:
+        path: of the file.
+        model: fingerprint of the network that is to be planned.
+        layers: its weighted operations.
+        divergence: how its outputs are compared.
+
+    Raises:
+        UsageError: no such file, it is of another network or another comparison, or a number is missing.
+    """
+    try:
+        data = json.loads(path.read_text())
+        found = {str(name): float(value) for name, value in data["sensitivity"].items()}
+        facts = (str(data["model"]), str(data["divergence"]), int(data["samples"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"sensitivities {path} cannot be read: {type(error).__name__}: {error}") from error
+    if facts[:2] != (model, divergence):
+        raise UsageError(
+            f"sensitivities {path} were measured on another network or by another divergence than this run's"
+        )
+    missing = [layer.name for layer in layers if not 0 <= found.get(layer.name, -1.0) < math.inf]
+    if missing:
+        raise UsageError(f"sensitivities {path} hold none for {len(missing)} weights, such as {missing[0]}")
+    return Profile(layers, found, divergence, facts[2])
 
 
 def measure(

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from octoc.apply import Encoder, restructure
+from octoc.apply import Encoder, fingerprint, restructure
 from octoc.data import Dataset
 from octoc.device import Device
 from octoc.evaluate import model_calls
 from octoc.metrics import Metric
 from octoc.model import Model
 from octoc.options import Options
-from octoc.profile import Profile, measure
+from octoc.profile import Profile, measure, read_profile
 from octoc.progress import Clock
 from octoc.proof import Array
 from octoc.quantize.activations import calibrate
@@ -78,7 +78,11 @@ class Shared:
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
 
     def profile(self) -> Profile:
-        """Every weight's sensitivity, measured when the first artefact needs it."""
+        """Every weight's sensitivity, read from the user's file or measured when the first artefact needs it."""
+        if self.measured is None and self.options.sensitivity is not None:
+            kind = "kl" if self.classes else "relative"
+            shaped = self.shaped
+            self.measured = read_profile(self.options.sensitivity, fingerprint(shaped), shaped.layers(), kind)
         if self.measured is None:
             shaped, classes = self.shaped, self.classes
             samples = model_calls(
@@ -92,6 +96,10 @@ class Shared:
             mean = {name: sum(p.sensitivity[name] for p in found) / len(found) for name in found[0].sensitivity}
             self.measured = replace(found[0], sensitivity=mean, samples=sum(p.samples for p in found))
         return self.measured
+
+    def measured_json(self) -> str | None:
+        """The sensitivities for another run, None where this one needed none."""
+        return None if self.measured is None else self.measured.to_json(fingerprint(self.shaped))
 
     @property
     def classes(self) -> bool:

@@ -104,3 +104,57 @@ def test_a_format_that_refuses_does_not_end_the_others(
     with pytest.raises(ModelError, match=r"^it has what onnx lacks$"):
         octoc.compress_model(network, devices=[BOARD], data=X, out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_bits_and_group_sizes_choose_among_what_the_device_runs(network: nn.Module) -> None:
+    given: dict[str, Any] = {"devices": [BOARD], "data": X, "dry_run": True}
+    (four,) = octoc.compress_model(network, bits=4, **given).artifacts
+    assert {line.scheme.split("-")[0] for line in four.layers} == {"int4"}
+    (grouped,) = octoc.compress_model(network, bits=4, group_size=16, **given).artifacts
+    assert {line.scheme for line in grouped.layers} == {"int4-group16"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"bits": 3}, r"^--bits 3: raspberry-pi-5 onnx run no such weights; they run .*int4"),
+        ({"bits": 9}, r"^--bits 9: codes have 1 to 8 bits$"),
+        ({"bits": 0}, r"^--bits 0: codes have 1 to 8 bits$"),
+        ({"group_size": 0}, r"^--group-size 0: a group holds at least 1 weight$"),
+        ({"group_size": 7, "bits": 4}, r"^--bits 4 --group-size 7: raspberry-pi-5 onnx run no such weights"),
+        ({"avg_bits": 0}, r"^--avg-bits 0 is not between 0 and 32$"),
+        ({"weights": "int4", "bits": 4}, r"^--weights int4 beside --bits or --group-size: .* leave one of them out$"),
+    ],
+)
+def test_widths_that_cannot_be_are_refused(network: nn.Module, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        octoc.compress_model(network, devices=[BOARD], data=X, dry_run=True, formats=["onnx"], **asked)
+
+
+def test_average_bits_count_everything(network: nn.Module, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"devices": ["iphone-15-pro"], "data": X, "out": tmp_path}
+    (artifact,) = octoc.compress_model(network, avg_bits=6.5, **given).artifacts
+    weights = 16 * 32 + 32 * 10
+    assert 8 * sum(line.nbytes for line in artifact.layers) <= 6.5 * weights
+    assert next(goal for goal in artifact.goals if goal.name == "bits").held
+    report = octoc.compress_model(network, avg_bits=0.01, **given)
+    assert not report.held
+    assert [check.name for check in report.artifacts[0].failed] == ["bits"]
+
+
+def test_sensitivities_of_one_run_serve_another_on_the_same_network_only(network: nn.Module, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"devices": [BOARD], "data": X, "weights": "auto"}
+    first = octoc.compress_model(network, out=tmp_path / "first", **given)
+    kept = tmp_path / "first" / "sensitivity.json"
+    again = octoc.compress_model(network, out=tmp_path / "again", sensitivity=kept, **given)
+    assert "profile" in first.seconds
+    assert "profile" not in again.seconds
+    assert [line.sensitivity for line in again.artifacts[0].layers] == [
+        line.sensitivity for line in first.artifacts[0].layers
+    ]
+    other = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    with pytest.raises(UsageError, match="were measured on another network"):
+        octoc.compress_model(other, out=tmp_path / "other", sensitivity=kept, **given)
+    kept.write_text(kept.read_text()[:40])
+    with pytest.raises(UsageError, match=r"^sensitivities .*sensitivity\.json cannot be read: JSONDecodeError"):
+        octoc.compress_model(network, out=tmp_path / "again", sensitivity=kept, **given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class World:
         extra: plan -> bytes of the file beside its weights.
         model_quality, file_quality: predicted loss -> quality.
         goal: the least quality that holds, None without one.
+        divergence: of a plan from the original; None where nothing is planned.
     """
 
     table: list[list[tuple[int, float]]]
@@ -51,6 +52,7 @@ class World:
     model_quality: Callable[[float], float] = lambda lost: 100 - lost
     file_quality: Callable[[float], float] = lambda lost: 100 - lost
     goal: float | None = None
+    divergence: Callable[[Plan], float] | None = None
     codes: dict[Any, Code] = field(default_factory=dict)
     assembled: list[tuple[Plan, bool]] = field(default_factory=list)
     written: list[Plan] = field(default_factory=list)
@@ -71,6 +73,7 @@ class World:
             write=self._write,
             quality=self._quality,
             count=lambda path: self.file_quality(loss(self.written[-1])),
+            divergence=self.divergence,
             worse=None if self.goal is None else lambda quality: quality < self.goal - 1e-9,
         )
         weights = {layer.name: np.ones((1, 1), np.float32) for layer in layers}
@@ -146,6 +149,41 @@ def test_a_budget_that_any_plan_holds_is_held(
     assert_consistent(world, outcome)
     if world.size(search.smallest()) <= budget:
         assert outcome.nbytes <= budget
+
+
+@given(tables, st.integers(0, 60), st.one_of(st.none(), st.integers(50, 400)))
+def test_bits_a_weight_are_held_on_average_and_beside_a_budget_of_bytes(
+    table: list[list[tuple[int, float]]], mean: int, budget: int | None
+) -> None:
+    """Each weight has one element, so that eight times its bytes are its bits."""
+    world = World(table, lambda plan: 50)
+    search = world.search()
+    limits = Limits(budget, 8.0 * mean)
+    held = [
+        loss(p) for p in every(search) if search.bits(p) <= 8 * mean and (budget is None or world.size(p) <= budget)
+    ]
+    outcome = search.run(limits)
+    assert_consistent(world, outcome)
+    if held:
+        assert search.bits(outcome.plan) <= 8 * mean
+        assert budget is None or outcome.nbytes <= budget
+        assert loss(outcome.plan) == pytest.approx(min(held), abs=1e-6)
+
+
+def test_coarse_codes_are_chosen_by_what_is_measured_and_never_worse_than_uniform_ones() -> None:
+    """The linear model believes in the second layer; in truth only the first one matters."""
+    row = [(bits, 4.0**-bits) for bits in range(2, 9)]
+    world = World([row, row], divergence=lambda plan: 4.0 ** -plan[0].key[1].bits if len(plan) == 2 else 0.0)
+    search = world.search()
+    search.sensitivity = {"w0": 0.01, "w1": 1.0}
+    search.choices = [search._price(layer) for layer in search.layers]
+    search.layers = [replace(layer, shape=(16, 1)) for layer in search.layers]  # so that the codes count as coarse
+    believed = search.within(Limits(8))
+    assert believed is not None
+    assert believed[0].nbytes < believed[1].nbytes
+    outcome = search.run(Limits(8))
+    assert outcome.nbytes <= 8
+    assert outcome.plan[0].nbytes >= 4, "a uniform plan of 4 bits gives the first layer as much"
 
 
 @given(tables, st.integers(0, 300), st.integers(0, 80), st.integers(0, 400), st.integers(0, 120), st.booleans())

@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 @click.option(
     "--avg-bits", type=float, metavar="BITS", help="Most bits a weight on average, scales and tables counted: 3.3."
 )
+@click.option(
+    "--sensitivity",
+    type=options.FILE,
+    metavar="FILE",
+    help="sensitivity.json of an earlier run on this network, in place of measuring.",
+)
 @options.activations
 @click.option("--sparsity", type=float, metavar="SHARE", help="Share of weights to prune, between 0 and 1.")
 @click.option("--rank", type=float, metavar="SHARE", help="Share of the full rank to keep, between 0 and 1.")
