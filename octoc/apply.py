@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from octoc.errors import UsageError
 from octoc.graph import bias_of, fold_batch_norm
+from octoc.hessian import Hessian
 from octoc.model import Layer, Model
 from octoc.qtensor import Affine, Palette, QTensor, Scheme, Sparse
 from octoc.quantize import bias, encode
@@ -115,9 +116,16 @@ class Encoder:
     def __init__(self, model: Model, proven: Mapping[str, QTensor] | None = None) -> None:
         self.model = model
         self.proven = proven
-        self._done: dict[tuple[str, str, str], QTensor] = {}
+        self._done: dict[tuple[str, str, str, str | None], QTensor] = {}
 
-    def __call__(self, layer: Layer, scheme: Scheme, dtype: str) -> QTensor:
+    def __call__(
+        self,
+        layer: Layer,
+        scheme: Scheme,
+        dtype: str,
+        method: str | None = None,
+        hessian: Hessian | None = None,
+    ) -> QTensor:
         if self.proven is not None:
             tensor = self.proven.get(layer.name)
             wrong = "does not hold it" if tensor is None else unlike(tensor, layer, scheme, dtype)
@@ -127,10 +135,12 @@ class Encoder:
                     "compute the codes anew with --recompute"
                 )
             return tensor
-        key = (layer.name, str(scheme), dtype)
+        weight = self.model.tensors[layer.name].detach().numpy()
+        if hessian is not None:  # it is that of one plan, and no other artefact shares it
+            return encode(weight, scheme, layer.axis, dtype=dtype, method=method, hessian=hessian)
+        key = (layer.name, str(scheme), dtype, method)
         if key not in self._done:
-            weight = self.model.tensors[layer.name].detach().numpy()
-            self._done[key] = encode(weight, scheme, layer.axis, dtype=dtype)
+            self._done[key] = encode(weight, scheme, layer.axis, dtype=dtype, method=method)
         return self._done[key]
 
 
@@ -163,22 +173,21 @@ def unlike(tensor: QTensor, layer: Layer, scheme: Scheme, dtype: str) -> str | N
     return None
 
 
-def encode_weights(
-    model: Model, steps: Iterable[Encode], encoder: Callable[[Layer, Scheme, str], QTensor]
-) -> dict[str, QTensor]:
+def encode_weights(model: Model, steps: Iterable[Encode], encoder: Callable[..., QTensor]) -> dict[str, QTensor]:
     """Compressed weights by name.
 
     Args:
         model: after `restructure`.
         steps: what each weight becomes.
-        encoder: computes one.
+        encoder: computes one of a layer, a scheme, a dtype and, where a step names it, a method.
     """
     layers = {layer.name: layer for layer in model.layers()}
     coded: dict[str, QTensor] = {}
     for step in steps:
         if step.tensor not in layers:
             raise UsageError(f"the recipe names the weight {step.tensor}, which the network lacks")
-        coded[step.tensor] = encoder(layers[step.tensor], Scheme.parse(step.scheme), step.dtype)
+        named = () if step.method is None else (step.method,)
+        coded[step.tensor] = encoder(layers[step.tensor], Scheme.parse(step.scheme), step.dtype, *named)
     return coded
 
 

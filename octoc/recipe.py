@@ -103,12 +103,14 @@ class Encode:
         scheme: text form of a `Scheme`.
         dtype: of scales or tables, "float32" or "float16".
         axis: output-channel axis of the weight.
+        method: a file of octoc/quantize/; the usual one of the scheme where None.
     """
 
     tensor: str
     scheme: str
     dtype: str
     axis: int
+    method: str | None = None
     step: ClassVar[str] = "encode"
 
 
@@ -144,7 +146,10 @@ class Recipe:
 
     def to_json(self) -> str:
         head = {name: getattr(self, name) for name in ("version", "model", "format", "device", "seed")}
-        steps = [{"step": step.step, **asdict(step)} for step in self.steps]
+        steps = [
+            {"step": step.step, **{key: value for key, value in asdict(step).items() if value is not None}}
+            for step in self.steps
+        ]
         return json.dumps({"octoc": head.pop("version"), **head, "steps": steps}, indent=1) + "\n"
 
 

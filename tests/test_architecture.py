@@ -16,7 +16,7 @@ MOST_LINES = 400
 FLOORS = (
     {"errors"},
     {"units", "yaml_nodes", "accelerator", "device", "qtensor", "recipe", "reference", "progress", "metrics"}
-    | {"report", "plan", "budgets", "refine", "stats"},
+    | {"report", "plan", "budgets", "refine", "stats", "hessian"},
     {"model", "graph", "compressed", "load", "samples", "data", "images"},
     {"quantize", "prune", "lowrank", "recover", "export", "runtime"},
     {
@@ -27,6 +27,7 @@ FLOORS = (
         "memory",
         "search",
         "apply",
+        "sequential",
         "verify",
         "inspect",
         "bench",

@@ -40,7 +40,9 @@ steps = st.one_of(
     st.builds(Equalize, st.dictionaries(names, st.lists(st.integers(-32, 32)).map(tuple), max_size=3), names),
     st.builds(QuantizeActivations, st.dictionaries(names, ranges, max_size=3), names),
     st.builds(CorrectBiases, st.dictionaries(names, st.lists(floats).map(tuple), max_size=3), names),
-    st.builds(Encode, names, schemes.map(str), st.sampled_from(["float16", "float32"]), st.integers(0, 1)),
+    st.builds(
+        Encode, names, schemes.map(str), st.sampled_from(["float16", "float32"]), st.integers(0, 1), st.none() | names
+    ),
 )
 recipes = st.builds(Recipe, names, names, names, st.integers(-(2**63), 2**63), st.lists(steps).map(tuple), names)
 

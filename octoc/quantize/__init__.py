@@ -2,11 +2,12 @@
 
 A file says in `KIND` which kind of method it is; one of kind "encode" has
 
-    ENCODES                                 the `Scheme.kind` that it produces
-    encode(weight, scheme, axis, *, dtype, importance) -> QTensor
+    ENCODES                                 every `Scheme.kind` that it produces
+    NEEDS                                   statistics of the layer's inputs that it takes: () or ("hessian",)
+    encode(weight, scheme, axis, *, dtype, importance, **statistics) -> QTensor
 
-`encode` of this module is the way in: it checks what it is given, takes the usual method for the scheme and, where the
-scheme is sparse, stores zeros as a mask (the method then sees them with importance 0).
+`encode` of this module is the way in: it checks what it is given, takes the usual method for the scheme where none is
+named and, where the scheme is sparse, stores zeros as a mask (the method then sees them with importance 0).
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import importlib
 import pkgutil
 import re
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octoc.errors import DataError, ModelError, UsageError
+from octoc.hessian import Hessian
 from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Scheme, Sparse
 
 DTYPES = ("float32", "float16")
@@ -33,10 +35,11 @@ class Encoder(Protocol):
     """What every file of kind "encode" provides; see above."""
 
     KIND: str
-    ENCODES: str
+    ENCODES: tuple[str, ...]
+    NEEDS: tuple[str, ...]
 
     def encode(
-        self, weight: Array, scheme: Scheme, axis: int, *, dtype: str, importance: Array | None
+        self, weight: Array, scheme: Scheme, axis: int, *, dtype: str, importance: Array | None, **statistics: Any
     ) -> Affine | Palette | Cast: ...
 
 
@@ -62,9 +65,16 @@ def _kind(name: str) -> str | None:
 
 
 def encode(
-    weight: Array, scheme: Scheme, axis: int, *, dtype: str = "float32", importance: Array | None = None
+    weight: Array,
+    scheme: Scheme,
+    axis: int,
+    *,
+    dtype: str = "float32",
+    importance: Array | None = None,
+    method: str | None = None,
+    hessian: Hessian | None = None,
 ) -> QTensor:
-    """Stores a weight as `scheme` says, with the least squared error that the usual method finds.
+    """Stores a weight as `scheme` says, with the least error that the method finds.
 
     Args:
         weight: any float array.
@@ -73,12 +83,20 @@ def encode(
         dtype: one of DTYPES, of scales and tables, which is also what the runtime computes in.
         importance: how much the squared error of each element counts; not negative, broadcasts to the weight's shape.
             Where a whole scale or table would count for nothing, its elements that are not zero count alike.
+        method: the file that encodes; the usual one of the scheme where None.
+        hessian: of the layer, where the method needs it.
 
     Raises:
         ModelError: NaN or infinite weights, or weights that float16 cannot hold.
-        UsageError: the scheme does not fit the shape.
-        DataError: the importance does not fit the weight.
+        UsageError: the scheme does not fit the shape or the method, or the method needs what is not given.
+        DataError: the importance or the Hessian does not fit the weight.
     """
+    name = _USUAL[scheme.kind] if method is None else method
+    chosen = encoder(name)
+    if scheme.kind not in chosen.ENCODES:
+        raise UsageError(f"{name} makes {' and '.join(chosen.ENCODES)} encodings, and {scheme} is {scheme.kind}")
+    if "hessian" in chosen.NEEDS and hessian is None:
+        raise UsageError(f"{name} needs the Hessian of the layer, which calibration samples give")
     weight = np.asarray(weight, np.float32)
     bad = int(np.count_nonzero(~np.isfinite(weight)))
     if bad:
@@ -91,8 +109,8 @@ def encode(
         importance = mask.astype(np.float32) if importance is None else importance * mask
     if importance is not None:
         importance = _never_void(importance, mask, grid)
-    method = encoder(_USUAL[scheme.kind])
-    dense = method.encode(weight, replace(scheme, sparse=False), axis, dtype=dtype, importance=importance)
+    statistics = {"hessian": hessian} if "hessian" in chosen.NEEDS else {}
+    dense = chosen.encode(weight, replace(scheme, sparse=False), axis, dtype=dtype, importance=importance, **statistics)
     return Sparse(mask, _zero_outside(dense, mask)) if scheme.sparse else dense
 
 
@@ -124,10 +142,10 @@ def _zero_outside(dense: Affine | Palette | Cast, mask: Array) -> Affine | Palet
     return replace(dense, codes=np.where(mask, dense.codes, dense.codes.dtype.type(0)))
 
 
-def require(scheme: Scheme, kind: str, weight: Array, dtype: str) -> None:
-    """Checks that a method was given its own kind of scheme and weights that `dtype` can hold."""
-    if scheme.kind != kind:
-        raise UsageError(f"{scheme} is no {kind} encoding")
+def require(scheme: Scheme, kinds: tuple[str, ...], weight: Array, dtype: str) -> None:
+    """Checks that a method was given its own kinds of scheme and weights that `dtype` can hold."""
+    if scheme.kind not in kinds:
+        raise UsageError(f"{scheme} is no {' or '.join(kinds)} encoding")
     if dtype not in DTYPES:
         raise UsageError(f"scales and tables are {' or '.join(DTYPES)}, not {dtype}")
     largest = float(np.abs(weight).max(initial=0))

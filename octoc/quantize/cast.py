@@ -12,7 +12,8 @@ from octoc.qtensor import Array, Cast, Scheme
 from octoc.quantize import require
 
 KIND = "encode"
-ENCODES = "cast"
+ENCODES = ("cast",)
+NEEDS = ()
 
 
 def encode(weight: Array, scheme: Scheme, axis: int, *, dtype: str, importance: Array | None = None) -> Cast:

@@ -34,7 +34,8 @@ from octoc.qtensor import Array, Palette, Scheme
 from octoc.quantize import from_rows, require, to_rows
 
 KIND = "encode"
-ENCODES = "palette"
+ENCODES = ("palette",)
+NEEDS = ()
 
 _WHOLE = 384  # so few values need no bins
 _LLOYD = 12  # rounds in step 2, and again after each level

@@ -28,7 +28,8 @@ from octoc.qtensor import Affine, Array, Scheme
 from octoc.quantize import from_rows, require, to_rows
 
 KIND = "encode"
-ENCODES = "affine"
+ENCODES = ("affine",)
+NEEDS = ()
 
 _TRIALS = 16  # of step 2
 _OFFSETS = tuple(k / 4 for k in range(-8, 9) if k)  # of step 3, in steps of the highest code

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from octoc.errors import DataError, ModelError, UsageError
+from octoc.hessian import Hessian
 from octoc.qtensor import Affine, Palette, Scheme, Sparse, difference
 from octoc.quantize import encode, encoder, encoders, from_rows, to_rows
 
@@ -26,7 +27,7 @@ SCHEMES = {
     "cast": ["float16"],
 }
 UNFIT = {"affine": ["int4-group5"], "palette": ["palette4-group5"], "cast": []}
-CASES = [(name, text) for name in encoders() for text in SCHEMES[encoder(name).ENCODES]]
+CASES = [(name, text) for name in encoders() for kind in encoder(name).ENCODES for text in SCHEMES[kind]]
 DTYPES = ["float32", "float16"]
 
 
@@ -52,8 +53,18 @@ def weights():
 WEIGHTS = weights()
 
 
-def stored_as(name, text, weight, dtype, **more):
-    return encoder(name).encode(weight, Scheme.parse(text), 0, dtype=dtype, **{"importance": None, **more})
+def statistics(name, weight):
+    """What a method needs of the layer's inputs, here hardly correlated."""
+    if "hessian" not in encoder(name).NEEDS:
+        return {}
+    hessian = Hessian(1, len(weight), weight[0].size)
+    hessian.update(np.random.default_rng(3).standard_normal((1, 4096, weight[0].size)).astype(np.float32))
+    return {"hessian": hessian}
+
+
+def stored_as(name, text, weight, dtype):
+    more = statistics(name, weight)
+    return encoder(name).encode(weight, Scheme.parse(text), 0, dtype=dtype, importance=None, **more)
 
 
 def bound(scheme, weight, dtype):
@@ -98,7 +109,7 @@ def test_codes_keep_to_their_bits_and_scales_are_normal_numbers(name, text, dtyp
             assert stored.codes.max() < 2 ** (scheme.bits - 1)
             assert stored.scale.dtype == dtype
             assert stored.scale.shape == scheme.grid(weight.shape, 0)
-            assert (stored.scale >= np.finfo(dtype).smallest_normal).all()
+            assert (np.abs(stored.scale) >= np.finfo(dtype).smallest_normal).all()
         if isinstance(stored, Palette):
             assert stored.codes.dtype == np.uint8
             assert stored.codes.max() < 2**scheme.bits
@@ -106,10 +117,9 @@ def test_codes_keep_to_their_bits_and_scales_are_normal_numbers(name, text, dtyp
             assert np.isfinite(stored.table).all()
 
 
-@pytest.mark.parametrize("name", encoders())
-def test_more_bits_never_lose_more(name):
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in encoders() for kind in encoder(name).ENCODES])
+def test_more_bits_never_lose_more(name, kind):
     weight = np.random.default_rng(1).standard_normal((16, 24)).astype(np.float32)
-    kind = encoder(name).ENCODES
     choices = {
         "affine": [f"int{bits}-channel" for bits in range(2, 9)],
         "palette": [f"palette{bits}-group4" for bits in (1, 2, 3, 4, 6, 8)],
@@ -121,11 +131,12 @@ def test_more_bits_never_lose_more(name):
 
 @pytest.mark.parametrize("name", encoders())
 def test_unfit_schemes_and_other_kinds_are_refused(name):
-    weight, kind = WEIGHTS["normal"], encoder(name).ENCODES
-    others = [texts[0] for other, texts in SCHEMES.items() if other != kind]
-    for text in UNFIT[kind] + others:
+    weight, kinds = WEIGHTS["normal"], encoder(name).ENCODES
+    others = [texts[0] for other, texts in SCHEMES.items() if other not in kinds]
+    for text in [text for kind in kinds for text in UNFIT[kind]] + others:
         with pytest.raises(UsageError):
             stored_as(name, text, weight, "float32")
+    kind = kinds[0]
     if kind != "cast":  # it has no scales
         with pytest.raises(UsageError, match="bfloat16"):
             stored_as(name, SCHEMES[kind][0], weight, "bfloat16")
