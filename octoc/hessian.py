@@ -24,6 +24,7 @@ from octoc.errors import DataError
 from octoc.qtensor import Array
 
 _CHUNK = 4096  # samples that are summed in float32 before the sum goes to float64
+_NOISE = 1e-5  # of the diagonal, above what float32 products round off
 
 Floats = NDArray[np.float64]
 
@@ -68,12 +69,15 @@ class Hessian:
         self.count += inputs.shape[1]
 
     def centred(self) -> Hessian:
-        """The sums over samples less their means."""
+        """The sums over samples less their means, and `_NOISE` on the diagonal of H: the difference is rounded."""
         groups, rows, width = self.cross.shape
         result = Hessian(groups, rows, width)
         mean = self.inputs / max(1, self.count)
         result.count = self.count
         result.matrix = self.matrix - self.inputs[:, :, None] * mean[:, None]
+        diagonal = np.einsum("gnn->gn", result.matrix)
+        noise = _NOISE * np.einsum("gnn->gn", self.matrix)
+        np.einsum("gnn->gn", result.matrix)[...] = np.maximum(diagonal, 0) + noise
         result.cross = self.cross - self.missing[:, :, None] * mean[:, None]
         return result
 

@@ -13,6 +13,8 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from octoc.errors import DataError
+
 _BLOCK = 128  # inputs between two products with all others
 _STRIP = 16  # inputs between two products within a block
 _STEPS = 8  # of conjugate gradients
@@ -160,10 +162,16 @@ def succession(hessian: Doubles, order: Ints) -> Floats:
 
     Returns:
         [groups, width, width], in that order: by input that is rounded, then by input whose error it makes up for.
+
+    Raises:
+        DataError: the Hessian is not positive definite.
     """
     backward = order[:, ::-1]
     turned = np.take_along_axis(np.take_along_axis(hessian, backward[:, :, None], 1), backward[:, None], 2)
-    lower = np.linalg.cholesky(turned)
+    try:
+        lower = np.linalg.cholesky(turned)
+    except np.linalg.LinAlgError:
+        raise DataError("the Hessian is not positive semidefinite: no samples give it") from None
     scaled = lower / np.einsum("gnn->gn", lower)[:, None]
     return np.ascontiguousarray(scaled[:, ::-1, ::-1].swapaxes(1, 2), dtype=np.float32)
 
