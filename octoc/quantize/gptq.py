@@ -12,7 +12,8 @@ for scales and for look-up tables; then coordinate descent on the codes as in Be
    than above; with 2 or 3 bits that is much, and a scale may be negative to have it above.
 4. Inputs are rounded in the order of their diagonal, the largest first, in blocks (`quadratic.sweep`).
 5. Scales or tables are fitted to the codes by least squares, then each code is changed to its best while the others
-   stand: again and again until the error falls by less than a thousandth.
+   stand: again and again until the error falls by less than a thousandth, for a dozen rounds at most and
+   for large layers fewer.
 6. The codes of the usual method are taken where their error is less, as stored.
 
 Zeros that a mask stores are not held at 0, so that sparse schemes are refused.
@@ -42,6 +43,7 @@ DAMPING = 0.01
 TRUST = 0.7
 _TURNED = 3  # bits
 _ROUNDS = 12
+_WORK = 1 << 35  # products in all rounds of one layer, counted as one product with H a round
 _ENOUGH = 1e-3
 
 
@@ -75,8 +77,8 @@ class _Problem:
     def error(self, stored: Affine | Palette, axis: int) -> float:
         """Of what is stored."""
         rows = np.moveaxis(stored.dequantize(), axis, 0).reshape(self.target.shape)
-        rest = np.ldexp(rows.astype(np.float64), -self.exponent) - self.target
-        return float(np.einsum("grn,grn->", rest @ self.hessian, rest))
+        rest = (np.ldexp(rows.astype(np.float64), -self.exponent) - self.target).astype(np.float32)
+        return float(np.einsum("grn,grn->", rest @ self.hessian.astype(np.float32), rest, dtype=np.float64))
 
 
 def encode(
@@ -133,8 +135,9 @@ def _problem(weight: Array, axis: int, hessian: Hessian) -> _Problem:
         raise DataError("the Hessian holds NaN, infinite values, or negative ones on its diagonal")
     mean = diagonal.mean(axis=1)[:, None, None]
     damped = np.where(mean > 0, hessian.matrix + DAMPING * mean * np.eye(width), np.eye(width))
-    missing = np.linalg.solve(damped, hessian.cross.swapaxes(1, 2)).swapaxes(1, 2)
-    target = rows + TRUST * missing
+    target = rows
+    if hessian.cross.any():
+        target = rows + TRUST * np.linalg.solve(damped, hessian.cross.swapaxes(1, 2)).swapaxes(1, 2)
     exponent = int(np.frexp(np.abs(target).max(initial=0))[1])
     return _Problem(np.ldexp(target, -exponent), damped / np.einsum("gnn->gn", damped).mean(), exponent)
 
@@ -174,7 +177,7 @@ def _descend(problem: _Problem, grid: Grid, store: Store) -> State:
     best = quadratic.sweep(target, quadratic.succession(problem.hessian, order), grid, order)
     least = quadratic.error(best.rest, hessian)
     feedback = quadratic.relaxation(hessian, order)
-    for _ in range(_ROUNDS):
+    for _ in range(min(_ROUNDS, _WORK // max(1, target.size * target.shape[1]))):
         fitted = quadratic.refit(target, hessian, best, store)
         state = quadratic.sweep(target, feedback, fitted.grid, order, fitted.rest)
         found = quadratic.error(state.rest, hessian)

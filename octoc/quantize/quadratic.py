@@ -17,7 +17,8 @@ from octoc.errors import DataError
 
 _BLOCK = 128  # inputs between two products with all others
 _STRIP = 16  # inputs between two products within a block
-_STEPS = 8  # of conjugate gradients
+_STEPS = 8  # of conjugate gradients, or
+_SOLVED = 1e-4  # of the first preconditioned slope, squared: steps until so little is left
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -226,10 +227,13 @@ def refit(target: Floats, hessian: Floats, state: State, store: Store) -> State:
     curvature = grid.collect(np.broadcast_to(np.einsum("gnn->gn", hessian)[:, :, None], codes.shape), codes, 2)
     scaled = np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
     direction, size = scaled, float(slope @ scaled)
-    for _ in range(min(_STEPS, len(found))):
+    enough = _SOLVED * size
+    for _ in range(_STEPS):
+        if size <= enough:
+            break
         bent = grid.collect(hessian @ grid.spread(direction, codes), codes)
         along = float(direction @ bent)
-        if size <= 0 or along <= 0:
+        if along <= 0:
             break
         found = found + size / along * direction
         slope = slope - size / along * bent

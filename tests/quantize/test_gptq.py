@@ -140,7 +140,7 @@ def test_the_error_is_at_most_that_of_rounding(text, seed):
     for dtype in ("float32", "float16"):
         ours = encode(weight, Scheme.parse(text), 0, dtype=dtype, method="gptq", hessian=hessian)
         plain = encode(weight, Scheme.parse(text), 0, dtype=dtype)
-        assert weighed(weight, ours, hessian) <= weighed(weight, plain, hessian) * (1 + 1e-6)
+        assert weighed(weight, ours, hessian) <= weighed(weight, plain, hessian) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(("text", "most"), [("int4-group16", 0.7), ("int2-channel", 0.8), ("palette2-tensor", 0.7)])
