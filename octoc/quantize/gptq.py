@@ -158,7 +158,8 @@ def _grid(problem: _Problem, first: Affine | Palette, axis: int, dtype: str) -> 
     def store(parameters: NDArray[np.float64]) -> Floats:
         size = np.clip(np.ldexp(np.abs(parameters), problem.exponent), smallest, largest)
         rounded = np.copysign(size, parameters).astype(dtype)
-        return np.ldexp(rounded.astype(np.float64), -problem.exponent).astype(np.float32)
+        units: Floats = np.ldexp(rounded.astype(np.float64), -problem.exponent).astype(np.float32)
+        return units
 
     if isinstance(first, Affine):
         scale = np.ldexp(first.scale.astype(np.float64).ravel(), -problem.exponent)
