@@ -50,7 +50,14 @@ def build(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
         shutil.rmtree(target.with_name(f"{job.format}.unverified"), ignore_errors=True)
     path = (target / bench.writer.FILE).relative_to(out)
     report = summarize(
-        bench, outcome.plan, outcome.nbytes, outcome.reachable, str(path), outcome.quality, outcome.points
+        bench,
+        outcome.plan,
+        outcome.nbytes,
+        outcome.reachable,
+        outcome.small,
+        str(path),
+        outcome.quality,
+        outcome.points,
     )
     seconds = {"total": time.perf_counter() - started}
     return replace(report, checks=tuple(checks), agreement=_agreement(bench), seconds=seconds)

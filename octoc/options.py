@@ -11,6 +11,7 @@ from octoc.metrics import Drop, parse_drop
 from octoc.proof import NAME as PROOF
 from octoc.proof import Proof, read_proof
 from octoc.qtensor import Scheme
+from octoc.quantize import encoder
 from octoc.recipe import Recipe, read_recipe
 from octoc.units import parse_size
 
@@ -57,6 +58,7 @@ class Options:
     weights: str | None = None
     bits: int | None = None
     group_size: int | None = None
+    method: str | None = None
     sensitivity: Path | None = None
     activations: str | None = None
     sparsity: float | None = None
@@ -80,6 +82,7 @@ def parse_options(
     weights: str | None,
     bits: int | None,
     group_size: int | None,
+    method: str | None,
     sensitivity: str | Path | None,
     activations: str | None,
     sparsity: float | None,
@@ -103,6 +106,8 @@ def parse_options(
         raise UsageError(f"--group-size {group_size}: a group holds at least 1 weight")
     if weights not in (None, "auto") and (bits is not None or group_size is not None):
         raise UsageError(f"--weights {weights} beside --bits or --group-size: it says both; leave one of them out")
+    if method is not None:
+        encoder(method)
     replayed = None
     if recipe is None:
         if recompute:
@@ -113,6 +118,7 @@ def parse_options(
             "bits": bits,
             "group-size": group_size,
             "avg-bits": avg_bits,
+            "method": method,
             "sensitivity": sensitivity,
             "activations": activations,
             "sparsity": sparsity,
@@ -132,6 +138,7 @@ def parse_options(
         weights=_encoding(weights),
         bits=bits,
         group_size=group_size,
+        method=method,
         sensitivity=None if sensitivity is None else Path(sensitivity),
         activations=activations,
         sparsity=_fraction("sparsity", sparsity),

@@ -53,6 +53,7 @@ def compress_model(
     weights: str | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    method: str | None = None,
     sensitivity: str | Path | None = None,
     activations: str | None = None,
     sparsity: float | None = None,
@@ -84,6 +85,8 @@ def compress_model(
             is a goal, and means "int8" where there is none.
         bits: width of every code, 1 to 8, in place of a whole encoding.
         group_size: weights that share a scale, or channels that share a table.
+        method: how weights are encoded, a file of octoc/quantize/ such as "gptq" or "rtn"; where None, GPTQ up to 4
+            bits and the usual method above.
         sensitivity: `sensitivity.json` of an earlier run on this network, in place of measuring.
         activations: "float" or "int8"; None means floats, and int8 where the device runs nothing else.
         sparsity: fraction of weights that magnitude pruning sets to zero.
@@ -114,6 +117,7 @@ def compress_model(
         weights=weights,
         bits=bits,
         group_size=group_size,
+        method=method,
         sensitivity=sensitivity,
         activations=activations,
         sparsity=sparsity,

@@ -64,7 +64,7 @@ def encode_sequentially(
     shifts: dict[str, tuple[float, ...]] = {}
     notes: list[Note] = []
     for stage in _stages(model, [layer for layer in layers if layer.name in wanted]):
-        guided = [layer for layer in stage if _needs_hessian(wanted[layer.name].method)]
+        guided = [layer for layer in stage if needs_hessian(wanted[layer.name])]
         reasons = {layer.name: reason for layer in guided if (reason := unfit(model, layer)) is not None}
         hessians = gather(reference or model, small, [x for x in guided if x.name not in reasons], calls)
         decoded: dict[str, Tensor] = {}
@@ -86,8 +86,9 @@ def encode_sequentially(
     return Compressed(rewrite(model, shifts), coded, shifts), tuple(notes)
 
 
-def _needs_hessian(method: str | None) -> bool:
-    return method is not None and "hessian" in method_named(method).NEEDS
+def needs_hessian(step: Encode) -> bool:
+    """Whether the method of a step looks at the inputs of its layer."""
+    return step.method is not None and "hessian" in method_named(step.method).NEEDS
 
 
 def unfit(model: Model, layer: Layer) -> str | None:

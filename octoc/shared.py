@@ -25,6 +25,7 @@ from octoc.recipe import Decision, Equalize, QuantizeActivations
 CALIBRATION_BATCH = 32
 PROFILE_SAMPLES = 64
 FEW_SAMPLES = 16  # where the network fixes its batch, and each call measures all layers anew
+GATHERED = 512  # samples for the statistics that methods take of a layer's inputs
 SAMPLES = 64  # enough for the mean of a channel, few enough to keep every value of one evaluation
 
 
@@ -111,6 +112,15 @@ class Shared:
         if self.answers is None:
             self.answers = [self.shaped.run(*sample) for sample in self.samples()]
         return self.answers
+
+    def calls(self) -> list[tuple[torch.Tensor, ...]]:
+        """Calibration samples for what is gathered call by call, as the network takes them."""
+        found: list[tuple[torch.Tensor, ...]] = []
+        for arrays, _ in self.calibration.batches(CALIBRATION_BATCH):
+            found += model_calls(self.shaped, arrays, CALIBRATION_BATCH)
+            if len(found) * CALIBRATION_BATCH >= GATHERED:
+                break
+        return found
 
     def samples(self) -> list[tuple[torch.Tensor, ...]]:
         """Calibration samples for what is measured in a few calls, as the network takes them."""

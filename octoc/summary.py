@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from octoc.compressed import Compressed
 from octoc.placement import fallbacks, slowdowns, uncoded
 from octoc.plan import front
 from octoc.report import ArtifactReport, Check, LayerLine, Point
@@ -19,6 +20,7 @@ def summarize(
     plan: Plan,
     nbytes: int,
     reachable: tuple[int, int],
+    small: Compressed | None = None,
     path: str | None = None,
     quality: float | None = None,
     points: Sequence[Point] = (),
@@ -38,10 +40,10 @@ def summarize(
         agreement=None,
         goals=tuple(_goals(bench, nbytes, search.bits(plan), quality, reachable)),
         checks=(),
-        layers=tuple(_lines(bench, plan)),
+        layers=tuple(_lines(bench, plan, small)),
         front=(*_thin(hull), *points),
         reachable=reachable,
-        skipped=(*bench.offering.skipped, *uncoded(bench.model)),
+        skipped=(*bench.offering.skipped, *bench.rounded, *uncoded(bench.model)),
         fallbacks=(
             *bench.offering.remarks(plan),
             *slowdowns(bench.model, bench.job.device, bench.job.format, dict(choice.key for choice in plan)),
@@ -87,14 +89,15 @@ def _goals(
     return goals
 
 
-def _lines(bench: Workbench, plan: Plan) -> list[LayerLine]:
+def _lines(bench: Workbench, plan: Plan, small: Compressed | None) -> list[LayerLine]:
+    coded = {} if small is None else small.qtensors
     chosen = {choice.key[0]: choice for choice in plan}
     lines = []
     for layer in bench.layers:
         choice = chosen.get(layer.name)
         scheme, nbytes, error = "float32", 4 * layer.size, 0.0
         if choice is not None:
-            tensor = bench.encoder(layer, choice.key[1], bench.dtype)
+            tensor = coded.get(layer.name) or bench.encoder(layer, choice.key[1], bench.dtype)
             scheme, nbytes = str(choice.key[1]), tensor.nbytes
             weight = bench.model.tensors[layer.name].detach().numpy().astype(np.float64)
             off = weight - tensor.dequantize()

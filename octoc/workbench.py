@@ -15,18 +15,25 @@ from octoc.compressed import Compressed
 from octoc.evaluate import open_session, predict, predict_model
 from octoc.export import Exporter, exporter
 from octoc.memory import model_limit, peak_activation_bytes
-from octoc.model import Layer
+from octoc.model import Model
 from octoc.offering import Offering
 from octoc.options import Asked
 from octoc.placement import runs_only_int8
 from octoc.profile import divergence
 from octoc.proof import Array, artifact_bytes
 from octoc.qtensor import QTensor, Scheme
+from octoc.quantize import encoder as method_named
 from octoc.quantize.activations import integer_layers
 from octoc.quantize.bias import channel_means, corrections
 from octoc.recipe import CorrectBiases, Encode, Equalize, QuantizeActivations, Recipe
+from octoc.report import Note
 from octoc.search import Limits, Plan, Search, Tools
+from octoc.sequential import encode_sequentially, needs_hessian
 from octoc.shared import Job, Shared
+
+Shifts = dict[str, tuple[float, ...]]
+
+_COARSE = 4  # bits of a code; above, what GPTQ wins is less than float16 rounding costs
 
 
 class Workbench:
@@ -40,6 +47,7 @@ class Workbench:
         )
         self.model, self.activation_steps = shared.activated(self.wants_int8)
         self._means: dict[str, torch.Tensor] | None = None
+        self.rounded: tuple[Note, ...] = ()
         self.integer = any(isinstance(step, QuantizeActivations) for step in self.activation_steps)
         self.folder = work / job.device.id / job.format
         self.base = self._converted()
@@ -116,31 +124,66 @@ class Workbench:
             plan: one choice a layer.
             correct: False where only the size of the file is wanted.
         """
-        coded = encode_weights(self.model, self.encodes(plan), self._encode)
-        shifts = self._shifts(coded) if correct else {}
+        steps = self.encodes(plan, correct)
+        if correct and self.options.proof is None and any(map(needs_hessian, steps)):
+            coded, found = self._sequential(steps)
+        else:
+            coded, found = encode_weights(self.model, steps, self.encoder), None
+        shifts = self._shifts(coded, found) if correct else {}
         model = restructure(self.model, [CorrectBiases(shifts)])
         return Compressed(model, {**coded, **encode_biases(model, coded)}, shifts)
 
-    def _shifts(self, coded: dict[str, QTensor]) -> dict[str, tuple[float, ...]]:
-        """What to add to each bias: the recipe's numbers, or measured on calibration samples."""
+    def _shifts(self, coded: dict[str, QTensor], found: Shifts | None) -> Shifts:
+        """What to add to each bias: the recipe's numbers, or measured on calibration samples.
+
+        Args:
+            coded: the compressed weights.
+            found: shifts that came with them, where activations are floats.
+        """
         recipe = self.options.recipe
         if recipe is not None:
             return {name: shift for step in recipe.of(CorrectBiases) for name, shift in step.shifts.items()}
+        if found is not None and not self.integer:
+            return found
         if not self.integer and all(tensor.bits >= 8 for tensor in coded.values()):
             return {}  # 8-bit weights alone move no mean that float rounding would not
         samples = self.shared.samples()
         if self._means is None:
-            equalized = [step for step in self.activation_steps if isinstance(step, Equalize)]
-            self._means = channel_means(restructure(self.shared.shaped, equalized), samples)
+            self._means = channel_means(self._floats(), samples)
         shifts = corrections(self._means, Compressed(self.model, coded).decoded, samples)
         return {name: tuple(map(float, shift)) for name, shift in shifts.items()}
 
-    def _encode(self, layer: Layer, scheme: Scheme, dtype: str) -> QTensor:
-        return self.encoder(layer, scheme, dtype)
+    def _sequential(self, steps: list[Encode]) -> tuple[dict[str, QTensor], Shifts]:
+        """Codes by methods that look at what the layers before have left of their inputs, and shifts of biases."""
+        with self.clock.stage("encode", "Encoding layer after layer", len(steps)):
+            small, self.rounded = encode_sequentially(self._floats(), steps, self.encoder, self.shared.calls())
+        return dict(small.qtensors), dict(small.shifts)
 
-    def encodes(self, plan: Plan) -> list[Encode]:
+    def _floats(self) -> Model:
+        """The network whose weights are encoded, with float activations."""
+        return restructure(self.shared.shaped, [step for step in self.activation_steps if isinstance(step, Equalize)])
+
+    def encodes(self, plan: Plan, chosen: bool = True) -> list[Encode]:
+        """The decisions of a plan.
+
+        Args:
+            plan: one choice a layer.
+            chosen: by the methods of the options; otherwise by the usual, which are quick and take as many bytes.
+        """
         axes = {layer.name: layer.axis for layer in self.layers}
-        return [Encode(name, str(scheme), self.dtype, axes[name]) for name, scheme in (c.key for c in plan)]
+        return [
+            Encode(name, str(scheme), self.dtype, axes[name], self._method(name, scheme) if chosen else None)
+            for name, scheme in (choice.key for choice in plan)
+        ]
+
+    def _method(self, name: str, scheme: Scheme) -> str | None:
+        """The recipe's method, the user's where it makes such codes, GPTQ where codes are coarse, or the usual."""
+        if self.options.recipe is not None:
+            return next((step.method for step in self.options.recipe.of(Encode) if step.tensor == name), None)
+        if self.options.method is not None:
+            return self.options.method if scheme.kind in method_named(self.options.method).ENCODES else None
+        coarse = scheme.bits <= _COARSE and scheme.kind in method_named("gptq").ENCODES and not scheme.sparse
+        return "gptq" if coarse else None
 
     def write(self, small: Compressed) -> tuple[Path, int]:
         path = self.folder / self.writer.FILE

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--avg-bits", type=float, metavar="BITS", help="Most bits a weight on average, scales and tables counted: 3.3."
 )
+@click.option("--method", metavar="NAME", help="How weights are encoded: gptq, rtn ... Default: gptq up to 4 bits.")
 @click.option(
     "--sensitivity",
     type=options.FILE,
