@@ -1,0 +1,299 @@
+"""Quantization-aware training with the original network as teacher.
+
+Esser et al., "Learned Step Size Quantization", arXiv 1902.08153 (LSQ); Hinton et al., "Distilling the Knowledge in a
+Neural Network", 2015. Labels are not used.
+
+1. Each weight of an affine tensor has a latent float v; its code is round(clip(v / s)). The gradient of v is that of
+   the weight where v / s lies within the range and 0 outside; that of the scale s is the sum of
+   (round(v / s) - v / s) inside, low or high outside, times 1 / sqrt(weights * high).
+2. Each weight of a palette has a latent float too; it takes the entry nearest to it. The gradient of an entry is the
+   sum over its weights, that of the latent float is that of the weight.
+3. The latent floats begin at the float weights, moved as little as keeps the codes that came.
+4. Biases and other vectors that are stored in floats are trained too.
+5. Loss: divergence of the outputs from the original's (KL of logits, else relative squared error). Adam, learning rates
+   relative to the range of a tile, falling along a cosine.
+6. The parameters of least divergence on held-out samples are kept; a quarter of the steps without a new best ends it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octoc.compressed import Compressed
+from octoc.model import Model
+from octoc.qtensor import Affine, Palette, QTensor, Sparse
+from octoc.recover import EncodeBiases, Tuned
+from octoc.recover.codes import AffineRows, Coded, Masked, PaletteRows, trainable
+from octoc.recover.network import Network, free_floats, training_network
+from octoc.recover.state import State, identity
+from octoc.recover.task import Task, divergence, planned, task
+
+KIND = "tune"
+
+BATCH = 32
+STEPS = 1000
+RATES = {"weight": 2e-3, "scale": 1e-3, "table": 1e-3, "float": 1e-3}
+_CHECKS = 20  # times that the held-out samples are asked
+_PATIENCE = 0.25  # of the steps
+_MARGIN = 0.05  # of a step or a cell: how far from its edge a latent float begins
+
+
+class Lsq(torch.autograd.Function):
+    """Step 1: values [tiles, elements], step [tiles, 1], low and high [tiles, 1] -> quantized values."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ratio = values / step
+        codes = torch.minimum(torch.maximum(ratio, low), high).round()
+        ctx.save_for_backward(ratio, codes, low, high)
+        return codes * step
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        ratio, codes, low, high = ctx.saved_tensors
+        inside = (ratio > low) & (ratio < high)
+        share = torch.where(inside, codes - ratio, codes)
+        factor = torch.rsqrt(high.clamp_min(1) * ratio.shape[1])
+        return gradient * inside, (gradient * share).sum(1, keepdim=True) * factor, None, None
+
+
+class Nearest(torch.autograd.Function):
+    """Step 2: values [tiles, elements], table [tiles, entries] ascending -> the nearest entries."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, table: Tensor) -> Tensor:
+        codes = nearest(values, table)
+        ctx.save_for_backward(codes)
+        ctx.entries = table.shape[1]
+        return table.gather(1, codes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        (codes,) = ctx.saved_tensors
+        sums = gradient.new_zeros(len(gradient), ctx.entries)
+        return gradient, sums.scatter_add_(1, codes, gradient)
+
+
+def nearest(values: Tensor, table: Tensor) -> Tensor:
+    """Index of the nearest entry of the same row, of two as near the lower: int64 [tiles, elements]."""
+    return torch.searchsorted((table[:, 1:] + table[:, :-1]) / 2, values.contiguous())
+
+
+class AffineTraining:
+    """An affine weight in training; the latent floats are in units of the range that a code of 3 would have."""
+
+    def __init__(self, tensor: Affine, weight: Tensor) -> None:
+        self.rows = rows = AffineRows(tensor, weight)
+        self.per_unit = torch.maximum(-rows.low, rows.high).clamp_min(3) / 3
+        kept = (rows.values - rows.codes).clamp(-0.5 + _MARGIN, 0.5 - _MARGIN)
+        outside = ((rows.codes == rows.low) & (rows.values < rows.low)) | (
+            (rows.codes == rows.high) & (rows.values > rows.high)
+        )
+        latent = torch.where(outside, rows.values, rows.codes + kept)
+        self.latent = (latent / self.per_unit).requires_grad_()
+        self.factor = torch.ones_like(rows.scale).requires_grad_()
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"weight": self.latent, "scale": self.factor}
+
+    def _step(self) -> Tensor:
+        return self.factor.clamp_min(0.01)
+
+    def weight(self) -> Tensor:
+        quantized = Lsq.apply(self.latent * self.per_unit, self._step(), self.rows.low, self.rows.high)
+        return self.rows.shaped(quantized * self.rows.scale)  # type: ignore[no-untyped-call]
+
+    def hard(self) -> Affine:
+        with torch.no_grad():
+            ratio = self.latent * self.per_unit / self._step()
+            codes = torch.minimum(torch.maximum(ratio, self.rows.low), self.rows.high).round()
+            return self.rows.stored(codes, self._step())
+
+
+class PaletteTraining:
+    """A palette in training."""
+
+    def __init__(self, tensor: Palette, weight: Tensor) -> None:
+        self.rows = rows = PaletteRows(tensor, weight)
+        middle = (rows.table[:, 1:] + rows.table[:, :-1]) / 2
+        far = torch.full_like(rows.table[:, :1], float("inf"))
+        low = torch.cat([-far, middle], 1).gather(1, rows.codes)
+        high = torch.cat([middle, far], 1).gather(1, rows.codes)
+        room = torch.where((high - low).isfinite(), (high - low) * _MARGIN, 1e-6)
+        self.latent = torch.minimum(torch.maximum(rows.values, low + room), high - room).requires_grad_()
+        self.table = rows.table.clone().requires_grad_()
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"weight": self.latent, "table": self.table}
+
+    def weight(self) -> Tensor:
+        entries = Nearest.apply(self.latent, self.table.sort(1).values)
+        return self.rows.shaped(entries * self.rows.unit)  # type: ignore[no-untyped-call]
+
+    def hard(self) -> Palette:
+        with torch.no_grad():
+            table = self.table.sort(1).values
+            return self.rows.stored(nearest(self.latent, table), table)
+
+
+class FloatTraining:
+    """A vector of floats in training, in units of its mean magnitude."""
+
+    def __init__(self, vector: Tensor) -> None:
+        mean = float(vector.abs().mean())
+        self.start, self.unit = vector.detach(), mean if mean > 0 else 1.0
+        self.change = torch.zeros_like(vector).requires_grad_()
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"float": self.change}
+
+    def weight(self) -> Tensor:
+        return self.start + self.change * self.unit
+
+
+def in_training(tensor: QTensor, weight: Tensor) -> Coded:
+    """A compressed weight in training.
+
+    Args:
+        tensor: its codes.
+        weight: the floats they stand for.
+    """
+    if isinstance(tensor, Sparse):
+        return Masked(in_training(tensor.dense, weight), tensor.mask)
+    if isinstance(tensor, Affine):
+        return AffineTraining(tensor, weight)
+    assert isinstance(tensor, Palette)
+    return PaletteTraining(tensor, weight)
+
+
+class Student:
+    """The compressed network in training.
+
+    Args:
+        job: what is trained.
+    """
+
+    def __init__(self, job: Task) -> None:
+        tensors = job.small.model.tensors
+        self.fixed = {name: q for name, q in job.coded().items() if not trainable(q)}
+        self.coded = {name: in_training(q, tensors[name]) for name, q in job.coded().items() if trainable(q)}
+        self.floats = {
+            name: FloatTraining(tensors[name]) for name in free_floats(job.small.model, tuple(job.coded()))
+        }
+        decoded = {name: torch.from_numpy(q.dequantize()) for name, q in self.fixed.items()}
+        self.network: Network = training_network(
+            job.small.model.with_tensors(decoded), (*self.coded, *self.floats)
+        )
+
+    def parameters(self) -> dict[str, dict[str, Tensor]]:
+        """Parameters by group of learning rate, then by name of the tensor."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, part in {**self.coded, **self.floats}.items():
+            for group, parameter in part.parameters().items():
+                groups.setdefault(group, {})[name] = parameter
+        return groups
+
+    def weights(self) -> list[Tensor]:
+        return [part.weight() for part in (*self.coded.values(), *self.floats.values())]
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.network(*inputs, *self.weights())
+
+
+def tune(
+    small: Compressed,
+    original: Model,
+    inputs: Sequence[Any],
+    *,
+    classes: bool,
+    encode_biases: EncodeBiases,
+    seed: int = 0,
+    steps: int | None = None,
+    seconds: float | None = None,
+    step: Callable[[int, int], Any] = lambda done, total: None,
+    state: Path | None = None,
+) -> Tuned:
+    """Trains codes, scales, tables and float vectors of a compressed network towards the original's outputs.
+
+    Args:
+        small: the compressed network; its model still holds the float weights.
+        original: a network of the same inputs and outputs.
+        inputs: calibration samples, [samples, ...] for each input, arrays or what an index turns into one.
+        classes: outputs are logits over their last axis.
+        encode_biases: integer biases of a model and its compressed weights.
+        seed: of the order of the samples and of which are held out.
+        steps: batches to learn from, STEPS where neither this nor seconds are given.
+        seconds: time to spend instead, which becomes a number of steps by timing some.
+        step: called with the steps done and their total.
+        state: file to write the training's state to now and then, and to resume from where it is there. It is refused
+            where it belongs to another network, samples or request, and removed at the end.
+
+    Raises:
+        DataError: the samples do not fit.
+        UsageError: the request contradicts itself.
+        ArtifactError: the state is damaged or belongs to something else.
+    """
+    job = task(small, original, inputs, BATCH, classes, encode_biases, seed)
+    student = Student(job)
+    groups = student.parameters()
+    optimizer = torch.optim.Adam([{"params": list(part.values()), "lr": RATES[key]} for key, part in groups.items()])
+    saved = State(state, identity(small, original, inputs, "distill", classes, seed, steps, seconds))
+    found = saved.load()
+    best = {"score": math.inf, "step": 0, "values": []}
+    done = 0
+    if found is None:
+        total = planned(steps, seconds, STEPS, lambda: _loss(job, student, 0, seed).backward())
+        optimizer.zero_grad()
+    else:
+        done, total, best = found["done"], found["total"], found["best"]
+        _restore(groups, found["values"])
+        optimizer.load_state_dict(found["optimizer"])
+    every = max(1, total // _CHECKS)
+    step(done, total)
+    while done < total:
+        if done % every == 0:
+            score = job.divergence(student.run)
+            if score < best["score"]:
+                best = {"score": score, "step": done, "values": _values(groups)}
+            if done - best["step"] > _PATIENCE * total:
+                break
+            if done:
+                saved.save(
+                    {"done": done, "total": total, "best": best, "values": _values(groups), "optimizer": optimizer.state_dict()}
+                )
+        for group, key in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = RATES[key] * (1 + math.cos(math.pi * done / total)) / 2
+        optimizer.zero_grad()
+        _loss(job, student, done, seed).backward()
+        optimizer.step()
+        done += 1
+        step(done, total)
+    if job.divergence(student.run) >= best["score"]:
+        _restore(groups, best["values"])
+    coded = {name: part.hard() for name, part in student.coded.items()}
+    floats = {name: part.weight() for name, part in student.floats.items()}
+    tuned = job.finish({**student.fixed, **coded}, floats, total, done)
+    saved.remove()
+    return tuned
+
+
+def _loss(job: Task, student: Student, step: int, seed: int) -> Tensor:
+    batch = job.take(job.shuffled(step, seed))
+    return divergence(job.original.run(*batch), student.run(*batch), job.classes)
+
+
+def _values(groups: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
+    return [parameter.detach().clone() for part in groups.values() for parameter in part.values()]
+
+
+def _restore(groups: Mapping[str, Mapping[str, Tensor]], values: Iterable[Tensor]) -> None:
+    parameters = [parameter for part in groups.values() for parameter in part.values()]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
