@@ -167,3 +167,18 @@ class Masked:
         dense = self.dense.hard()
         assert isinstance(dense, Affine | Palette)
         return Sparse(self.mask, replace(dense, codes=np.where(self.mask, dense.codes, dense.codes.dtype.type(0))))
+
+
+class FloatTraining:
+    """A vector of floats in training, in units of its mean magnitude."""
+
+    def __init__(self, vector: Tensor) -> None:
+        mean = float(vector.abs().mean())
+        self.start, self.unit = vector.detach(), mean if mean > 0 else 1.0
+        self.change = torch.zeros_like(vector).requires_grad_()
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"float": self.change}
+
+    def weight(self) -> Tensor:
+        return self.start + self.change * self.unit

@@ -29,7 +29,7 @@ from octoc.compressed import Compressed
 from octoc.model import Model
 from octoc.qtensor import Affine, Palette, QTensor, Sparse
 from octoc.recover import EncodeBiases, Tuned
-from octoc.recover.codes import AffineRows, Coded, Masked, PaletteRows, trainable
+from octoc.recover.codes import AffineRows, Coded, FloatTraining, Masked, PaletteRows, trainable
 from octoc.recover.network import Network, free_floats, training_network
 from octoc.recover.state import State, identity
 from octoc.recover.task import Task, divergence, planned, task
@@ -140,21 +140,6 @@ class PaletteTraining:
         with torch.no_grad():
             table = self.table.sort(1).values
             return self.rows.stored(nearest(self.latent, table), table)
-
-
-class FloatTraining:
-    """A vector of floats in training, in units of its mean magnitude."""
-
-    def __init__(self, vector: Tensor) -> None:
-        mean = float(vector.abs().mean())
-        self.start, self.unit = vector.detach(), mean if mean > 0 else 1.0
-        self.change = torch.zeros_like(vector).requires_grad_()
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {"float": self.change}
-
-    def weight(self) -> Tensor:
-        return self.start + self.change * self.unit
 
 
 def in_training(tensor: QTensor, weight: Tensor) -> Coded:

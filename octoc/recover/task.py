@@ -66,11 +66,10 @@ class Task:
 
     def shuffled(self, step: int, seed: int) -> Array:
         """Rows of the samples that a step learns from; depends on nothing but its arguments, so that it can resume."""
-        batch = min(self.batch, len(self.learn))
-        each = len(self.learn) // batch
+        each = max(1, len(self.learn) // self.batch)
         order = np.random.default_rng((seed, step // each)).permutation(len(self.learn))
-        start = step % each * batch
-        return next(self.batches(self.learn[order[start : start + batch]]))
+        start = step % each * self.batch
+        return next(self.batches(self.learn[order[start : start + self.batch]]))
 
     def divergence(self, run: Callable[..., tuple[Tensor, ...]]) -> float:
         """How far outputs are from the original's on the held-out samples; infinite where they are not finite."""
@@ -114,6 +113,8 @@ def task(
     held = min(max(1, count // HELD), MOST_HELD)
     if not small.model.dynamic_batch:
         batch = next((spec.shape[0] for spec in small.model.inputs if spec.shape), 1)
+    else:
+        batch = min(batch, count - held)
     return Task(
         small, original, tuple(inputs), np.sort(order[held:]), np.sort(order[:held]), batch, classes, encode_biases
     )
