@@ -6,10 +6,13 @@ import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
+from octoc.compressed import Compressed
 from octoc.errors import UsageError
 from octoc.graph import bias_of, fold_batch_norm
 from octoc.hessian import Hessian
@@ -25,7 +28,18 @@ from octoc.quantize.activations import (
     rewrite,
     separate_biases,
 )
-from octoc.recipe import CorrectBiases, Decision, Encode, Equalize, Factorize, FoldBatchNorm, Prune, QuantizeActivations
+from octoc.recipe import (
+    CorrectBiases,
+    Decision,
+    Encode,
+    Equalize,
+    Factorize,
+    FoldBatchNorm,
+    Prune,
+    QuantizeActivations,
+    Recover,
+)
+from octoc.recover import Tuned, tuner
 
 
 def fingerprint(model: Model) -> str:
@@ -67,6 +81,8 @@ def restructure(model: Model, steps: Iterable[Decision]) -> Model:
                 model = quantize_activations(model, {n: Range(*pair) for n, pair in step.ranges.items()})
             case CorrectBiases():
                 model = correct_biases(model, step.shifts)
+            case Recover():
+                model = set_vectors(model, step.vectors)
             case Encode():
                 pass
     return model
@@ -224,3 +240,56 @@ def correct_biases(model: Model, shifts: Mapping[str, Sequence[float]]) -> Model
         if name not in model.tensors or tuple(model.tensors[name].shape) != (len(shift),):
             raise UsageError(f"the recipe shifts {len(shift)} values of the bias {name}, which the network lacks")
     return bias.rewrite(model, shifts)
+
+
+def set_vectors(model: Model, vectors: Mapping[str, Sequence[float]]) -> Model:
+    """The model with vectors as training left them."""
+    for name, values in vectors.items():
+        if name not in model.tensors or tuple(model.tensors[name].shape) != (len(values),):
+            raise UsageError(f"the recipe sets {len(values)} values of the vector {name}, which the network lacks")
+    return model.with_tensors({name: torch.tensor(values, dtype=torch.float32) for name, values in vectors.items()})
+
+
+def recover(
+    small: Compressed,
+    original: Model,
+    inputs: Sequence[Any],
+    method: str,
+    *,
+    classes: bool,
+    seed: int = 0,
+    steps: int | None = None,
+    seconds: float | None = None,
+    step: Callable[[int, int], Any] = lambda done, total: None,
+    state: Path | None = None,
+) -> tuple[Tuned, Recover]:
+    """Trains a compressed network towards the original's outputs.
+
+    Args:
+        small: the compressed network; its model still holds the float weights.
+        original: the network in floats, restructured and equalised as `small.model` is.
+        inputs: calibration samples, [samples, ...] for each input, arrays or what an index turns into one.
+        method: a file of octoc/recover/.
+        classes: outputs are logits over their last axis.
+        seed: of everything random.
+        steps: batches to learn from; the method's own number where neither this nor seconds are given.
+        seconds: time to spend instead.
+        step: called with the steps done and their total.
+        state: file that lets a later call go on where this one was ended.
+
+    Returns:
+        What training made, and the decision that makes it again.
+    """
+    tuned = tuner(method).tune(
+        small,
+        original,
+        inputs,
+        classes=classes,
+        encode_biases=encode_biases,
+        seed=seed,
+        steps=steps,
+        seconds=seconds,
+        step=step,
+        state=state,
+    )
+    return tuned, Recover(method, tuned.steps, seed, tuned.vectors)

@@ -95,6 +95,24 @@ class CorrectBiases:
 
 
 @dataclass(frozen=True)
+class Recover:
+    """Train the compressed network towards the original's outputs.
+
+    Args:
+        method: a file of octoc/recover/.
+        steps: batches to learn from; of a method that goes block by block, for each block.
+        seed: of everything random in it.
+        vectors: float tensors that were trained too, as they became; the codes that it made stand in the proof.
+    """
+
+    method: str
+    steps: int
+    seed: int
+    vectors: Mapping[str, tuple[float, ...]]
+    step: ClassVar[str] = "recover"
+
+
+@dataclass(frozen=True)
 class Encode:
     """Store a weight compressed.
 
@@ -114,9 +132,10 @@ class Encode:
     step: ClassVar[str] = "encode"
 
 
-Decision = Prune | Factorize | FoldBatchNorm | Equalize | QuantizeActivations | CorrectBiases | Encode
+Decision = Prune | Factorize | FoldBatchNorm | Equalize | QuantizeActivations | CorrectBiases | Encode | Recover
 _STEPS: dict[str, type[Any]] = {
-    kind.step: kind for kind in (Prune, Factorize, FoldBatchNorm, Equalize, QuantizeActivations, CorrectBiases, Encode)
+    kind.step: kind
+    for kind in (Prune, Factorize, FoldBatchNorm, Equalize, QuantizeActivations, CorrectBiases, Encode, Recover)
 }
 
 
@@ -203,11 +222,16 @@ def _decision(path: Path, index: int, entry: Any) -> Decision:
             raise UsageError(f"{where} (encode): {error}") from error
         if decision.dtype not in ("float16", "float32") or decision.axis not in (0, 1):
             raise UsageError(f"{where} (encode): dtype {decision.dtype!r} or axis {decision.axis} is not known")
+    if isinstance(decision, Recover) and decision.steps < 0:
+        raise UsageError(f"{where} (recover): {decision.steps} steps are less than none")
     where = f"{where} ({kind.step})"
+    if isinstance(decision, Recover):
+        vectors = _numbers(where, "values", decision.vectors)
+        return Recover(decision.method, decision.steps, decision.seed, vectors)
     if isinstance(decision, Equalize):
         return Equalize(_powers(where, decision.powers), decision.method)
     if isinstance(decision, CorrectBiases):
-        return CorrectBiases(_shifts(where, decision.shifts), decision.method)
+        return CorrectBiases(_numbers(where, "shifts", decision.shifts), decision.method)
     if isinstance(decision, QuantizeActivations):
         return QuantizeActivations(_ranges(where, decision.ranges), decision.method)
     return decision
@@ -244,11 +268,11 @@ def _powers(where: str, powers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
     return {node: tuple(exponents) for node, exponents in powers.items()}
 
 
-def _shifts(where: str, shifts: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    for bias, values in shifts.items():
+def _numbers(where: str, what: str, given: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    for name, values in given.items():
         if not isinstance(values, list) or not all(_is_number(v) for v in values):
-            raise UsageError(f"{where}: the shifts of {bias} are {values!r:.60}, expected a list of finite numbers")
-    return {bias: tuple(float(v) for v in values) for bias, values in shifts.items()}
+            raise UsageError(f"{where}: the {what} of {name} are {values!r:.60}, expected a list of finite numbers")
+    return {name: tuple(float(v) for v in values) for name, values in given.items()}
 
 
 _TYPES: dict[str, Any] = {
@@ -262,6 +286,9 @@ _TYPES: dict[str, Any] = {
     "rank": int,
     "axis": int,
     "ranges": dict,
+    "steps": int,
+    "seed": int,
+    "vectors": dict,
 }
 _NAMES = {str: "a text", int: "a whole number", (int, float): "a number", dict: "a table"}
 _NAMES = {key: _NAMES[kind] for key, kind in _TYPES.items()}

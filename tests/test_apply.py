@@ -29,7 +29,16 @@ from octoc.model import Layer, Model, aten
 from octoc.prune.magnitude import prune
 from octoc.qtensor import Affine, Cast, QTensor, Scheme
 from octoc.quantize.activations import Range, calibrate
-from octoc.recipe import CorrectBiases, Encode, Equalize, Factorize, FoldBatchNorm, Prune, QuantizeActivations
+from octoc.recipe import (
+    CorrectBiases,
+    Encode,
+    Equalize,
+    Factorize,
+    FoldBatchNorm,
+    Prune,
+    QuantizeActivations,
+    Recover,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,6 +161,8 @@ def test_a_factorized_weight_that_two_operations_share_keeps_its_batch_norms_apa
         (Equalize({"conv2d": (1, 2)}), "2 channels of conv2d"),
         (CorrectBiases({"absent": (0.5,)}), "absent"),
         (CorrectBiases({"conv2.bias": (0.5,)}), "1 values of the bias conv2.bias"),
+        (Recover("distill", 1, 0, {"absent": (0.5,)}), "absent"),
+        (Recover("distill", 1, 0, {"conv2.bias": (0.5,)}), "1 values of the vector conv2.bias"),
     ],
 )
 def test_a_step_that_names_what_is_not_there_is_refused_with_the_name(model: Model, step: Any, words: str) -> None:

@@ -21,6 +21,7 @@ from octoc.recipe import (
     Prune,
     QuantizeActivations,
     Recipe,
+    Recover,
     read_recipe,
 )
 
@@ -40,6 +41,13 @@ steps = st.one_of(
     st.builds(Equalize, st.dictionaries(names, st.lists(st.integers(-32, 32)).map(tuple), max_size=3), names),
     st.builds(QuantizeActivations, st.dictionaries(names, ranges, max_size=3), names),
     st.builds(CorrectBiases, st.dictionaries(names, st.lists(floats).map(tuple), max_size=3), names),
+    st.builds(
+        Recover,
+        names,
+        st.integers(0, 2**40),
+        st.integers(-(2**63), 2**63),
+        st.dictionaries(names, st.lists(floats).map(tuple), max_size=3),
+    ),
     st.builds(
         Encode, names, schemes.map(str), st.sampled_from(["float16", "float32"]), st.integers(0, 1), st.none() | names
     ),
@@ -63,7 +71,7 @@ def test_any_recipe_comes_back_from_its_json_and_gives_the_same_bytes(file: Path
 
 @given(recipe=recipes)
 def test_decisions_of_a_kind_keep_their_order(recipe: Recipe) -> None:
-    kinds = (Prune, Factorize, FoldBatchNorm, Equalize, QuantizeActivations, CorrectBiases, Encode)
+    kinds = (Prune, Factorize, FoldBatchNorm, Equalize, QuantizeActivations, CorrectBiases, Recover, Encode)
     assert sum(len(recipe.of(kind)) for kind in kinds) == len(recipe.steps)
     for kind in kinds:
         assert list(recipe.of(kind)) == [step for step in recipe.steps if type(step) is kind]
@@ -77,6 +85,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "equalize": {"powers": {"conv2d": [1, 2]}},
     "quantize_activations": {"ranges": {"x": [0.5, 3]}},
     "correct_biases": {"shifts": {"b": [0.5, 1]}},
+    "recover": {"method": "distill", "steps": 2, "seed": 0, "vectors": {"b": [0.5, 1]}},
     "encode": {"tensor": "w", "scheme": "int8-channel", "dtype": "float32", "axis": 0},
 }
 
@@ -144,6 +153,10 @@ WRONG: dict[tuple[str, str], list[str]] = {
         '{"a": [1e999]}',
         '{"a": [1' + "0" * 400 + "]}",
     ],
+    ("recover", "method"): ["1", "null"],
+    ("recover", "steps"): ["-1", "1.5", "true", '"1"'],
+    ("recover", "seed"): ["1.5", "null", "true"],
+    ("recover", "vectors"): ["[]", '{"a": 1.0}', '{"a": [NaN]}', '{"a": ["1"]}'],
     ("encode", "scheme"): ['"int9-channel"', '"int8"', '""', "8", '"palette5-tensor"'],
     ("encode", "dtype"): ['"float64"', "16"],
     ("encode", "axis"): ["2", "-1", "false", "0.0"],

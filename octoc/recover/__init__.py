@@ -38,7 +38,7 @@ class Tuned:
         before: divergence of the outputs from the original's on held-out calibration samples (nats a sample where
             outputs are logits, else relative squared error).
         after: the same of `compressed`; never more than `before`.
-        changed: names of the float tensors of `compressed.model` that were trained, which its QTensors do not hold.
+        vectors: float tensors of `compressed.model` that were trained and that its QTensors do not hold, by name.
         notes: what was done differently than asked, and why.
     """
 
@@ -47,7 +47,7 @@ class Tuned:
     run: int
     before: float
     after: float
-    changed: tuple[str, ...]
+    vectors: Mapping[str, tuple[float, ...]]
     notes: tuple[str, ...] = ()
 
 
@@ -82,7 +82,7 @@ def tuner(name: str) -> Tuner:
     """The method `name`. Raises UsageError where there is none that trains."""
     if name not in tuners():
         raise UsageError(f"no method {name!r} trains a compressed network; there are {', '.join(tuners())}")
-    method: Tuner = importlib.import_module(f"{__name__}.{name}")  # type: ignore[assignment]
+    method: Tuner = importlib.import_module(f"{__name__}.{name}")
     return method
 
 

@@ -15,7 +15,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from octoc.model import Model, evaluate
@@ -98,14 +97,18 @@ def blocks(model: Model, original: Model, coded: Collection[str], batch: int) ->
     """
     elements, numbers = sizes(model, batch)
     known = original.nodes()
-    ends = [node for node in cuts(model, numbers) if node.name in known and node in elements and node.op != "placeholder"]
+    ends = [
+        node for node in cuts(model, numbers) if node.name in known and node in elements and node.op != "placeholder"
+    ]
     parts: list[tuple[fx.Node | None, list[str]]] = []
     seen: set[str] = set()
     place = {node: i for i, node in enumerate(model.graph.nodes)}
     start = -1
     for end in [*ends, None]:
         stop = len(place) if end is None else place[end]
-        fresh = [name for node in model.graph.nodes if start < place[node] <= stop for name in _reads(node, coded, seen)]
+        fresh = [
+            name for node in model.graph.nodes if start < place[node] <= stop for name in _reads(node, coded, seen)
+        ]
         start = stop
         if fresh or not parts:
             parts.append((end, fresh))

@@ -1,4 +1,4 @@
-"""Hard codes of QTensors as tensors that can be trained: rows of tiles in torch, and what may be stored.
+"""Tensors in training: rows of tiles in torch, and what of them may be stored.
 
 A tile is what shares one scale or table. All work is done on rows [tiles, elements], each element in units of its tile,
 so that one learning rate serves weights of any size; a float that is stored is made of them at the end, once.
@@ -6,6 +6,7 @@ so that one learning rate serves weights of any size; a float that is stored is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,17 +17,24 @@ from torch import Tensor
 from octoc.qtensor import Affine, Array, Palette, QTensor, Sparse
 
 
-class Coded(Protocol):
-    """A weight in training."""
+class Part(Protocol):
+    """A tensor in training."""
 
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by the group of its learning rate."""
+        ...
 
     def weight(self) -> Tensor:
-        """The weight as the codes mean it now, differentiable, float32 of the weight's shape."""
+        """The tensor as its parameters mean it now, differentiable, float32 of its shape."""
+        ...
+
+
+class Coded(Part, Protocol):
+    """A compressed weight in training."""
 
     def hard(self) -> QTensor:
         """The codes as they are now, storable."""
+        ...
 
 
 def to_rows(weight: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -50,7 +58,7 @@ def grid_of(tensor: Affine | Palette) -> tuple[int, ...]:
 
 
 def code_range(tensor: Affine) -> tuple[int, int]:
-    """Codes that may be used: without the lowest above 4 bits, as integer kernels want, where the tensor does without."""
+    """Codes that may be used; above 4 bits without the lowest, as integer kernels want, where none has it yet."""
     if not tensor.signed:
         return 0, 2**tensor.bits - 1
     high = 2 ** (tensor.bits - 1) - 1
@@ -167,6 +175,15 @@ class Masked:
         dense = self.dense.hard()
         assert isinstance(dense, Affine | Palette)
         return Sparse(self.mask, replace(dense, codes=np.where(self.mask, dense.codes, dense.codes.dtype.type(0))))
+
+
+def groups(parts: Mapping[str, Part]) -> dict[str, dict[str, Tensor]]:
+    """Parameters by group of learning rate, then by name of the tensor."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, part in parts.items():
+        for group, parameter in part.parameters().items():
+            found.setdefault(group, {})[name] = parameter
+    return found
 
 
 class FloatTraining:

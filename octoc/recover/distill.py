@@ -18,7 +18,7 @@ Neural Network", 2015. Labels are not used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from octoc.compressed import Compressed
 from octoc.model import Model
 from octoc.qtensor import Affine, Palette, QTensor, Sparse
 from octoc.recover import EncodeBiases, Tuned
-from octoc.recover.codes import AffineRows, Coded, FloatTraining, Masked, PaletteRows, trainable
+from octoc.recover.codes import AffineRows, Coded, FloatTraining, Masked, PaletteRows, Part, groups, trainable
 from octoc.recover.network import Network, free_floats, training_network
 from octoc.recover.state import State, identity
 from octoc.recover.task import Task, divergence, planned, task
@@ -55,7 +55,7 @@ class Lsq(torch.autograd.Function):
         return codes * step
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         ratio, codes, low, high = ctx.saved_tensors
         inside = (ratio > low) & (ratio < high)
         share = torch.where(inside, codes - ratio, codes)
@@ -74,7 +74,7 @@ class Nearest(torch.autograd.Function):
         return table.gather(1, codes)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (codes,) = ctx.saved_tensors
         sums = gradient.new_zeros(len(gradient), ctx.entries)
         return gradient, sums.scatter_add_(1, codes, gradient)
@@ -106,8 +106,9 @@ class AffineTraining:
         return self.factor.clamp_min(0.01)
 
     def weight(self) -> Tensor:
-        quantized = Lsq.apply(self.latent * self.per_unit, self._step(), self.rows.low, self.rows.high)
-        return self.rows.shaped(quantized * self.rows.scale)  # type: ignore[no-untyped-call]
+        values = self.latent * self.per_unit
+        quantized = Lsq.apply(values, self._step(), self.rows.low, self.rows.high)  # type: ignore[no-untyped-call]
+        return self.rows.shaped(quantized * self.rows.scale)
 
     def hard(self) -> Affine:
         with torch.no_grad():
@@ -133,8 +134,8 @@ class PaletteTraining:
         return {"weight": self.latent, "table": self.table}
 
     def weight(self) -> Tensor:
-        entries = Nearest.apply(self.latent, self.table.sort(1).values)
-        return self.rows.shaped(entries * self.rows.unit)  # type: ignore[no-untyped-call]
+        entries = Nearest.apply(self.latent, self.table.sort(1).values)  # type: ignore[no-untyped-call]
+        return self.rows.shaped(entries * self.rows.unit)
 
     def hard(self) -> Palette:
         with torch.no_grad():
@@ -168,24 +169,17 @@ class Student:
         tensors = job.small.model.tensors
         self.fixed = {name: q for name, q in job.coded().items() if not trainable(q)}
         self.coded = {name: in_training(q, tensors[name]) for name, q in job.coded().items() if trainable(q)}
-        self.floats = {
-            name: FloatTraining(tensors[name]) for name in free_floats(job.small.model, tuple(job.coded()))
-        }
+        self.floats = {name: FloatTraining(tensors[name]) for name in free_floats(job.small.model, tuple(job.coded()))}
         decoded = {name: torch.from_numpy(q.dequantize()) for name, q in self.fixed.items()}
-        self.network: Network = training_network(
-            job.small.model.with_tensors(decoded), (*self.coded, *self.floats)
-        )
+        self.network: Network = training_network(job.small.model.with_tensors(decoded), (*self.coded, *self.floats))
 
-    def parameters(self) -> dict[str, dict[str, Tensor]]:
-        """Parameters by group of learning rate, then by name of the tensor."""
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, part in {**self.coded, **self.floats}.items():
-            for group, parameter in part.parameters().items():
-                groups.setdefault(group, {})[name] = parameter
-        return groups
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What is trained, by name of the tensor."""
+        return {**self.coded, **self.floats}
 
     def weights(self) -> list[Tensor]:
-        return [part.weight() for part in (*self.coded.values(), *self.floats.values())]
+        return [part.weight() for part in self.parts.values()]
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self.network(*inputs, *self.weights())
@@ -226,41 +220,47 @@ def tune(
     """
     job = task(small, original, inputs, BATCH, classes, encode_biases, seed)
     student = Student(job)
-    groups = student.parameters()
-    optimizer = torch.optim.Adam([{"params": list(part.values()), "lr": RATES[key]} for key, part in groups.items()])
+    rated = groups(student.parts)
+    optimizer = torch.optim.Adam([{"params": list(part.values()), "lr": RATES[key]} for key, part in rated.items()])
+    parameters = [parameter for part in rated.values() for parameter in part.values()]
     saved = State(state, identity(small, original, inputs, "distill", classes, seed, steps, seconds))
     found = saved.load()
-    best = {"score": math.inf, "step": 0, "values": []}
-    done = 0
+    done, least, least_at, best = 0, math.inf, 0, _values(parameters)
     if found is None:
-        total = planned(steps, seconds, STEPS, lambda: _loss(job, student, 0, seed).backward())
-        optimizer.zero_grad()
+        total = planned(steps, seconds, STEPS, lambda: torch.autograd.backward(_loss(job, student, 0, seed)))
     else:
-        done, total, best = found["done"], found["total"], found["best"]
-        _restore(groups, found["values"])
+        done, total, least, least_at, best = (found[key] for key in ("done", "total", "least", "least_at", "best"))
+        _restore(parameters, found["values"])
         optimizer.load_state_dict(found["optimizer"])
     every = max(1, total // _CHECKS)
     step(done, total)
     while done < total:
         if done % every == 0:
             score = job.divergence(student.run)
-            if score < best["score"]:
-                best = {"score": score, "step": done, "values": _values(groups)}
-            if done - best["step"] > _PATIENCE * total:
+            if score < least:
+                least, least_at, best = score, done, _values(parameters)
+            if done - least_at > _PATIENCE * total:
                 break
-            if done:
-                saved.save(
-                    {"done": done, "total": total, "best": best, "values": _values(groups), "optimizer": optimizer.state_dict()}
-                )
-        for group, key in zip(optimizer.param_groups, groups, strict=True):
+            saved.save(
+                {
+                    "done": done,
+                    "total": total,
+                    "least": least,
+                    "least_at": least_at,
+                    "best": best,
+                    "values": _values(parameters),
+                    "optimizer": optimizer.state_dict(),
+                }
+            )
+        for group, key in zip(optimizer.param_groups, rated, strict=True):
             group["lr"] = RATES[key] * (1 + math.cos(math.pi * done / total)) / 2
         optimizer.zero_grad()
-        _loss(job, student, done, seed).backward()
+        torch.autograd.backward(_loss(job, student, done, seed))
         optimizer.step()
         done += 1
         step(done, total)
-    if job.divergence(student.run) >= best["score"]:
-        _restore(groups, best["values"])
+    if job.divergence(student.run) >= least:
+        _restore(parameters, best)
     coded = {name: part.hard() for name, part in student.coded.items()}
     floats = {name: part.weight() for name, part in student.floats.items()}
     tuned = job.finish({**student.fixed, **coded}, floats, total, done)
@@ -273,12 +273,11 @@ def _loss(job: Task, student: Student, step: int, seed: int) -> Tensor:
     return divergence(job.original.run(*batch), student.run(*batch), job.classes)
 
 
-def _values(groups: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
-    return [parameter.detach().clone() for part in groups.values() for parameter in part.values()]
+def _values(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
 
 
-def _restore(groups: Mapping[str, Mapping[str, Tensor]], values: Iterable[Tensor]) -> None:
-    parameters = [parameter for part in groups.values() for parameter in part.values()]
+def _restore(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)

@@ -2,7 +2,8 @@
 
 1. Every tensor that is trained becomes an argument.
 2. What depends on neither an input nor a trained tensor is computed now.
-3. A quantize/dequantize pair becomes one operation whose gradient is 1 within the range and 0 outside (straight-through).
+3. A quantize/dequantize pair becomes one operation whose gradient is 1 within the range and 0 outside it (the
+   straight-through estimator).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def between(graph: fx.Graph, sources: Sequence[fx.Node], results: Sequence[fx.No
 def outputs_of(model: Model) -> list[fx.Node]:
     """Nodes whose values are the outputs."""
     output = next(node for node in model.graph.nodes if node.op == "output")
-    return [node for node in output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+    return [node for node in output.args[0] if isinstance(node, fx.Node)]
 
 
 def training_network(
@@ -108,7 +109,8 @@ def training_network(
             fixed[node] = model.subgraphs[name] if name in model.subgraphs else model.tensors[name].detach()
         elif all(source in fixed or source in known for source in node.all_input_nodes):
             values = {**known, **fixed}
-            args, kwargs = (fx.node.map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
             fixed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         else:
             for source in node.all_input_nodes:
@@ -140,5 +142,6 @@ def _call(graph: fx.Graph, node: fx.Node, mapped: Mapping[fx.Node, Any]) -> Any:
         _, scale, zero_point, low, high, _ = node.args
         rest = (scale, zero_point, low, high)
         return graph.call_function(torch.fake_quantize_per_tensor_affine, (mapped[node.all_input_nodes[0]], *rest))
-    args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (node.args, node.kwargs))
+    args = fx.node.map_arg(node.args, mapped.__getitem__)
+    kwargs = fx.node.map_arg(node.kwargs, mapped.__getitem__)
     return graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]

@@ -31,13 +31,14 @@ from torch import Tensor, fx
 from octoc.compressed import Compressed
 from octoc.errors import ModelError
 from octoc.model import Model, aten
-from octoc.qtensor import Affine, Array, Palette, QTensor, Sparse, describe, rebuild
+from octoc.qtensor import Array, QTensor, describe, rebuild
 from octoc.recover import EncodeBiases, Tuned
 from octoc.recover.blocks import Block, blocks, sizes
-from octoc.recover.codes import AffineRows, Coded, FloatTraining, Masked, PaletteRows, trainable
+from octoc.recover.codes import FloatTraining, Part, groups, trainable
 from octoc.recover.network import Network, between, free_floats, outputs_of, training_network
+from octoc.recover.rounding import regulariser, rounding, share
 from octoc.recover.state import State, identity
-from octoc.recover.task import Task, planned, task
+from octoc.recover.task import Task, planned, random, task
 
 KIND = "tune"
 
@@ -49,108 +50,6 @@ MIX = 0.5  # probability of the original's input
 MOST_BYTES = 1 << 30  # values that are kept of all samples
 _WARM = 0.2
 _BETA = (20.0, 2.0)
-_STRETCH = (-0.1, 1.1)
-_MARGIN = 0.01  # how far h begins from where it would round to another code, and from the end of its slope
-
-
-def rectified(v: Tensor) -> Tensor:
-    """h of step 2."""
-    low, high = _STRETCH
-    return (torch.sigmoid(v) * (high - low) + low).clamp(0, 1)
-
-
-def unrectified(h: Tensor) -> Tensor:
-    """v of an h within (0, 1)."""
-    low, high = _STRETCH
-    return torch.logit((h - low) / (high - low))
-
-
-def regulariser(h: Tensor, beta: float) -> Tensor:
-    """1 - |2h - 1|^beta of each element; 0 where h is 0 or 1."""
-    return 1 - (2 * h - 1).abs().pow(beta)
-
-
-def begin(share: Tensor, upper: Tensor) -> Tensor:
-    """v for weights that lie at `share` of the way to the upper neighbour and whose code is the upper one or not."""
-    above = share.clamp(0.5 + _MARGIN, 1 - _MARGIN)
-    below = share.clamp(_MARGIN, 0.5 - _MARGIN)
-    return unrectified(torch.where(upper, above, below)).requires_grad_()
-
-
-class AffineRounding:
-    """Codes of an affine tensor between neighbours; scales are learned as factors."""
-
-    def __init__(self, tensor: Affine, weight: Tensor) -> None:
-        self.rows = rows = AffineRows(tensor, weight)
-        upper = ((rows.values < rows.codes) | (rows.codes >= rows.high)) & (rows.codes > rows.low)
-        self.base = rows.codes - upper.float()
-        self.v = begin(rows.values - self.base, upper)
-        self.factor = torch.ones_like(rows.scale).requires_grad_()
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {"rounding": self.v, "scale": self.factor}
-
-    def share(self) -> Tensor:
-        return rectified(self.v)
-
-    def weight(self) -> Tensor:
-        return self.rows.shaped((self.base + self.share()) * (self.factor.clamp_min(0.01) * self.rows.scale))
-
-    def hard(self) -> Affine:
-        with torch.no_grad():
-            return self.rows.stored(self.base + (self.share() >= 0.5), self.factor.clamp_min(0.01))
-
-
-class PaletteRounding:
-    """Indices of a palette between neighbours in its table, which is learned too."""
-
-    def __init__(self, tensor: Palette, weight: Tensor) -> None:
-        self.rows = rows = PaletteRows(tensor, weight)
-        last = rows.table.shape[1] - 1
-        at = rows.table.gather(1, rows.codes)
-        upper = ((rows.values < at) | (rows.codes >= last)) & (rows.codes > 0)
-        self.base = rows.codes - upper.long()
-        low, high = rows.table.gather(1, self.base), rows.table.gather(1, (self.base + 1).clamp_max(last))
-        apart = high > low
-        share = torch.where(apart, (rows.values - low) / torch.where(apart, high - low, 1), upper.float())
-        self.v = begin(share, upper)
-        self.table = rows.table.clone().requires_grad_()
-        self.next = (self.base + 1).clamp_max(last)
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {"rounding": self.v, "table": self.table}
-
-    def share(self) -> Tensor:
-        return rectified(self.v)
-
-    def weight(self) -> Tensor:
-        low, high = self.table.gather(1, self.base), self.table.gather(1, self.next)
-        return self.rows.shaped((low + self.share() * (high - low)) * self.rows.unit)
-
-    def hard(self) -> Palette:
-        with torch.no_grad():
-            return self.rows.stored(torch.where(self.share() >= 0.5, self.next, self.base), self.table)
-
-
-def rounding(tensor: QTensor, weight: Tensor) -> Coded:
-    """A compressed weight with learned rounding.
-
-    Args:
-        tensor: its codes.
-        weight: the floats they stand for.
-    """
-    if isinstance(tensor, Sparse):
-        return Masked(rounding(tensor.dense, weight), tensor.mask)
-    if isinstance(tensor, Affine):
-        return AffineRounding(tensor, weight)
-    assert isinstance(tensor, Palette)
-    return PaletteRounding(tensor, weight)
-
-
-def _share(part: Coded) -> Tensor:
-    inner = part.dense if isinstance(part, Masked) else part
-    assert isinstance(inner, AffineRounding | PaletteRounding)
-    return inner.share()
 
 
 @dataclass(frozen=True)
@@ -204,17 +103,14 @@ class BlockTraining:
         """Trains the block: its codes by name, as `describe` and tensors, and its float vectors."""
         before = self._error(self._decoded(*self.start), self.job.held)
         norm = max(self._error(self._decoded(*self.start), self.job.learn), 1e-30)
-        groups: dict[str, list[Tensor]] = {}
-        for part in (*self.coded.values(), *self.floats.values()):
-            for group, parameter in part.parameters().items():
-                groups.setdefault(group, []).append(parameter)
-        optimizer = torch.optim.Adam([{"params": part, "lr": RATES[key]} for key, part in groups.items()])
+        found = groups({**self.coded, **self.floats})
+        optimizer = torch.optim.Adam([{"params": list(p.values()), "lr": RATES[key]} for key, p in found.items()])
         for done in range(total):
-            for group, key in zip(optimizer.param_groups, groups, strict=True):
+            for group, key in zip(optimizer.param_groups, found, strict=True):
                 if key != "rounding":
                     group["lr"] = RATES[key] * (1 + math.cos(math.pi * done / total)) / 2
             optimizer.zero_grad()
-            self.loss(done, total, norm, seed).backward()
+            torch.autograd.backward(self.loss(done, total, norm, seed))
             optimizer.step()
             told(done + 1)
         codes = [part.hard() for part in self.coded.values()]
@@ -239,12 +135,13 @@ class BlockTraining:
     def loss(self, done: int, total: int, norm: float, seed: int) -> Tensor:
         """Step 4: what one batch loses, relative to `norm`."""
         rows = self.job.shuffled(done, seed)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
+        generator = torch.Generator().manual_seed(int(random(seed, done).integers(2**63)))
         mixed = [
             _mixed(small[rows], original[rows], generator)
             for small, original in zip(self.inputs.small, self.inputs.original, strict=True)
         ]
-        outputs = self.network(*mixed, *(part.weight() for part in (*self.coded.values(), *self.floats.values())))
+        parts: list[Part] = [*self.coded.values(), *self.floats.values()]
+        outputs = self.network(*mixed, *(part.weight() for part in parts))
         gaps = [(out - want[rows]).square().mean() for out, want in zip(outputs, self.target, strict=True)]
         loss = torch.stack(gaps).sum() / norm
         warm = int(_WARM * total)
@@ -252,7 +149,7 @@ class BlockTraining:
             return loss
         progress = (done - warm) / max(1, total - warm)
         beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 + math.cos(math.pi * progress)) / 2
-        shares = torch.cat([_share(part).flatten() for part in self.coded.values()])
+        shares = torch.cat([share(part).flatten() for part in self.coded.values()])
         return loss + STIFFNESS * regulariser(shares, beta).mean()
 
 
@@ -367,7 +264,7 @@ def _rehearsal(job: Task, plan: Sequence[Block], seed: int) -> Callable[[], None
                 made.append(BlockTraining(few, block, job.small.model, job.coded(), (), values))
                 values = made[-1].values(job.coded(), {})
         for training in made:
-            training.loss(0, 1, 1.0, seed).backward()
+            torch.autograd.backward(training.loss(0, 1, 1.0, seed))
 
     return one
 

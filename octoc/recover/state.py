@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from octoc.compressed import Compressed
 from octoc.errors import ArtifactError, HostError
@@ -69,10 +68,10 @@ class State:
             found: dict[str, Any] = torch.load(self.path, weights_only=True)
             belongs = found.pop("identity")
         except (OSError, RuntimeError, ValueError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-            raise ArtifactError(f"{self.path} is no state of a training: {type(error).__name__}; remove it") from error
+            raise ArtifactError(f"{self.path} is no state of training: {type(error).__name__}; remove it") from error
         if belongs != self.identity:
             raise ArtifactError(
-                f"{self.path} is the state of a training of another network, samples or request; remove it to start anew"
+                f"{self.path} is the state of another network, other samples or another request; remove it first"
             )
         return found
 

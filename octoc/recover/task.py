@@ -1,4 +1,4 @@
-"""What every method that trains begins and ends with: samples apart, the score that decides, the network put together."""
+"""What every method that trains begins and ends with: samples held out, the score that decides, the whole network."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Task:
     def shuffled(self, step: int, seed: int) -> Array:
         """Rows of the samples that a step learns from; depends on nothing but its arguments, so that it can resume."""
         each = max(1, len(self.learn) // self.batch)
-        order = np.random.default_rng((seed, step // each)).permutation(len(self.learn))
+        order = random(seed, step // each).permutation(len(self.learn))
         start = step % each * self.batch
         return next(self.batches(self.learn[order[start : start + self.batch]]))
 
@@ -82,7 +82,12 @@ class Task:
         return mean if np.isfinite(mean) else float("inf")
 
     def finish(
-        self, coded: Mapping[str, QTensor], floats: Mapping[str, Tensor], steps: int, run: int, notes: tuple[str, ...] = ()
+        self,
+        coded: Mapping[str, QTensor],
+        floats: Mapping[str, Tensor],
+        steps: int,
+        run: int,
+        notes: tuple[str, ...] = (),
     ) -> Tuned:
         """The trained network where it is better on the held-out samples, else the one that came."""
         values = {name: tensor.detach().clone() for name, tensor in floats.items()}
@@ -91,13 +96,20 @@ class Task:
         tuned = replace(self.small, model=model, qtensors=all_coded)
         before, after = (self.divergence(network.decoded.run) for network in (self.small, tuned))
         if after < before:
-            return Tuned(tuned, steps, run, before, after, tuple(values), notes)
+            vectors = {name: tuple(tensor.tolist()) for name, tensor in values.items()}
+            return Tuned(tuned, steps, run, before, after, vectors, notes)
         why = f"training did not help: {after:.3g} against {before:.3g} on {len(self.held)} held-out samples"
-        return Tuned(self.small, steps, run, before, before, (), (*notes, why))
+        return Tuned(self.small, steps, run, before, before, {}, (*notes, why))
 
 
 def task(
-    small: Compressed, original: Model, inputs: Sequence[Any], batch: int, classes: bool, encode_biases: EncodeBiases, seed: int
+    small: Compressed,
+    original: Model,
+    inputs: Sequence[Any],
+    batch: int,
+    classes: bool,
+    encode_biases: EncodeBiases,
+    seed: int,
 ) -> Task:
     """Checks the samples and holds some out.
 
@@ -108,8 +120,10 @@ def task(
         raise DataError(f"training wants {len(small.model.inputs)} arrays with the same samples, one an input")
     count = len(inputs[0])
     if count < 2:
-        raise DataError(f"training wants 2 calibration samples at least, one to learn from and one to hold out; got {count}")
-    order = np.random.default_rng(seed).permutation(count)
+        raise DataError(
+            f"training wants 2 calibration samples at least, one to learn from and one to hold out; got {count}"
+        )
+    order = random(seed).permutation(count)
     held = min(max(1, count // HELD), MOST_HELD)
     if not small.model.dynamic_batch:
         batch = next((spec.shape[0] for spec in small.model.inputs if spec.shape), 1)
@@ -118,6 +132,11 @@ def task(
     return Task(
         small, original, tuple(inputs), np.sort(order[held:]), np.sort(order[:held]), batch, classes, encode_biases
     )
+
+
+def random(*keys: int) -> np.random.Generator:
+    """Random numbers that depend on the keys alone, which may be any whole numbers."""
+    return np.random.default_rng([key % 2**64 for key in keys])
 
 
 def divergence(reference: Sequence[Tensor], outputs: Sequence[Tensor], classes: bool) -> Tensor:
