@@ -130,7 +130,7 @@ def _reads(node: fx.Node, coded: Collection[str], seen: set[str]) -> list[str]:
 def _joined(
     model: Model, parts: list[tuple[fx.Node | None, list[str]]], elements: dict[fx.Node, int]
 ) -> tuple[Block, ...]:
-    """Step 4; a part before the first coded layer is only the way to its input."""
+    """Step 4; what is before the first coded layer belongs to its block."""
     found: list[Block] = []
     sources = tuple(node.name for node in model.placeholders)
     before = 0
@@ -138,8 +138,8 @@ def _joined(
         results = () if end is None else (end.name,)
         size = 0 if end is None else elements[end]
         if not layers:
-            sources = results
-        elif found and len(layers) + len(found[-1].layers) <= _PAIR and size * _FEWER >= before:
+            continue
+        if found and len(layers) + len(found[-1].layers) <= _PAIR and size * _FEWER >= before:
             found[-1] = Block(found[-1].sources, results, (*found[-1].layers, *layers))
         else:
             found.append(Block(found[-1].results if found else sources, results, tuple(layers)))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from octoc.qtensor import Affine, Array, Palette, QTensor, Sparse
 
+_LEAST = 2.0**-100  # of a unit, so that weights in units of it stay finite
+
 
 class Part(Protocol):
     """A tensor in training."""
@@ -125,14 +127,15 @@ class PaletteRows:
         codes: int64 [tiles, elements].
         values: [tiles, elements] the weight in units.
         table: [tiles, entries] in units.
-        unit: [tiles, 1] half the span of the table.
+        unit: [tiles, 1] about half the span of the table, a power of two, so that what is not trained stays as it was.
     """
 
     def __init__(self, tensor: Palette, weight: Tensor) -> None:
         self.tensor, self.grid = tensor, grid_of(tensor)
         table = torch.from_numpy(tensor.table.astype(np.float32)).reshape(-1, tensor.table.shape[-1])
         span = (table[:, -1:] - table[:, :1]) / 2
-        self.unit = torch.where(span > 0, span, table.abs().amax(1, keepdim=True)).clamp_min(1e-30)
+        size = torch.where(span > 0, span, table.abs().amax(1, keepdim=True)).clamp_min(_LEAST)
+        self.unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)
         self.codes = to_rows(torch.from_numpy(tensor.codes.astype(np.int64)), self.grid)
         self.values = to_rows(weight.detach().float(), self.grid) / self.unit
         self.table = table / self.unit
