@@ -52,16 +52,14 @@ def samples(count: int = 40) -> Array:
 
 
 @cache
-def network(fixed_batch: bool = False) -> Model:
+def network() -> Model:
     """The network in floats, some of the third convolution's weights zero."""
     torch.manual_seed(0)
     module = Residual().eval()
     with torch.no_grad():
         module.third.weight *= torch.rand(module.third.weight.shape) < 0.7
         module.last.weight *= 4
-    examples = torch.zeros(1 if fixed_batch else 2, 2, 6, 6)
-    model = fold_batch_norm(load_model(module, examples=[examples]))
-    return model
+    return fold_batch_norm(load_model(module, examples=[torch.zeros(2, 2, 6, 6)]))
 
 
 def compressed(model: Model, dtype: str = "float32") -> Compressed:

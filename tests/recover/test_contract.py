@@ -39,7 +39,7 @@ def same(one: Tuned, other: Tuned) -> bool:
     )
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The process is ended from outside."""
 
 
@@ -48,7 +48,7 @@ def killed_with(state: Path, least: float = 0.0) -> Any:
 
     def step(done: int, total: int) -> None:
         if state.exists() and done >= least * total:
-            raise Killed
+            raise KilledError
 
     return step
 
@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_network_and_another_seed_another(name: str
 def test_a_killed_training_resumes_to_what_an_uninterrupted_one_gives(name: str, at: float, tmp_path: Path) -> None:
     state = tmp_path / "state"
     whole = trained(name)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         trained(name, state=state, step=killed_with(state, at))
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     told: list[int] = []
@@ -126,7 +126,7 @@ def test_a_killed_training_resumes_to_what_an_uninterrupted_one_gives(name: str,
 @pytest.mark.parametrize("name", tuners())
 def test_the_state_of_other_work_and_a_damaged_one_are_refused(name: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         trained(name, state=state, step=killed_with(state))
     for other in ({"seed": 4}, {"steps": STEPS + 1}, {"inputs": [samples(39)]}, {"classes": False}):
         with pytest.raises(ArtifactError, match="another"):
