@@ -1,7 +1,8 @@
 """Tensors in training: rows of tiles in torch, and what of them may be stored.
 
-A tile is what shares one scale or table. All work is done on rows [tiles, elements], each element in units of its tile,
-so that one learning rate serves weights of any size; a float that is stored is made of them at the end, once.
+A tile is what shares one scale or table. All work is done on rows [tiles, elements], each element in units of the
+distance between neighbouring codes, so that one learning rate serves weights of any size and any bits: what there is to
+learn is of the size of a rounding error. A float that is stored is made of them at the end, once.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class AffineRows:
         values: [tiles, elements] the weight in steps of its tile.
         low, high: [tiles, 1] lowest and highest code, less the zero point.
         scale: float32 [tiles, 1].
+        reach: [tiles, 1] magnitude of the furthest code.
     """
 
     def __init__(self, tensor: Affine, weight: Tensor) -> None:
@@ -97,6 +99,12 @@ class AffineRows:
         self.values = to_rows(weight.detach().float(), self.grid) / self.scale
         low, high = code_range(tensor)
         self.low, self.high = low - self.zero, high - self.zero
+        self.reach = torch.maximum(-self.low, self.high).clamp_min(1)
+
+    def factor(self, change: Tensor) -> Tensor:
+        """What scales are multiplied by: a change of 1 moves the furthest code by its step, so that scales of many bits
+        are not shaken by more than a rounding error. Never less than a hundredth."""
+        return (1 + change / self.reach).clamp_min(0.01)
 
     def shaped(self, rows: Tensor) -> Tensor:
         return from_rows(rows, self.tensor.shape, self.grid)
@@ -104,10 +112,9 @@ class AffineRows:
     def stored(self, codes: Tensor, factor: Tensor) -> Affine:
         """The tensor with other codes [tiles, elements] and scales multiplied by a factor [tiles, 1]."""
         info = np.finfo(self.tensor.scale.dtype)
-        reach = torch.maximum(self.low.abs(), self.high.abs()).double().clamp_min(1)
         scale = (self.scale.double() * factor.detach().double()).clamp_min(float(info.smallest_normal))
         limit = float(info.max) * (1 - float(info.eps))  # so that neither the scale nor a product with it overflows
-        scale = torch.minimum(scale, limit / reach)
+        scale = torch.minimum(scale, limit / self.reach.double())
         whole = torch.minimum(torch.maximum(codes.detach(), self.low), self.high) + self.zero
         return replace(
             self.tensor,
@@ -127,13 +134,14 @@ class PaletteRows:
         codes: int64 [tiles, elements].
         values: [tiles, elements] the weight in units.
         table: [tiles, entries] in units.
-        unit: [tiles, 1] about half the span of the table, a power of two, so that what is not trained stays as it was.
+        unit: [tiles, 1] about the mean distance between entries, a power of two, so that what is not trained stays as
+            it was.
     """
 
     def __init__(self, tensor: Palette, weight: Tensor) -> None:
         self.tensor, self.grid = tensor, grid_of(tensor)
         table = torch.from_numpy(tensor.table.astype(np.float32)).reshape(-1, tensor.table.shape[-1])
-        span = (table[:, -1:] - table[:, :1]) / 2
+        span = (table[:, -1:] - table[:, :1]) / (table.shape[1] - 1)
         size = torch.where(span > 0, span, table.abs().amax(1, keepdim=True)).clamp_min(_LEAST)
         self.unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)
         self.codes = to_rows(torch.from_numpy(tensor.codes.astype(np.int64)), self.grid)

@@ -11,7 +11,7 @@ Neural Network", 2015. Labels are not used.
 3. The latent floats begin at the float weights, moved as little as keeps the codes that came.
 4. Biases and other vectors that are stored in floats are trained too.
 5. Loss: divergence of the outputs from the original's (KL of logits, else relative squared error). Adam, learning rates
-   relative to the range of a tile, falling along a cosine.
+   relative to the distance between codes, falling along a cosine.
 6. The parameters of least divergence on held-out samples are kept; a quarter of the steps without a new best ends it.
 """
 
@@ -38,7 +38,7 @@ KIND = "tune"
 
 BATCH = 32
 STEPS = 1000
-RATES = {"weight": 2e-3, "scale": 1e-3, "table": 1e-3, "float": 1e-3}
+RATES = {"weight": 1e-2, "scale": 5e-3, "table": 5e-3, "float": 3e-3}
 _CHECKS = 20  # times that the held-out samples are asked
 _PATIENCE = 0.25  # of the steps
 _MARGIN = 0.05  # of a step or a cell: how far from its edge a latent float begins
@@ -86,35 +86,30 @@ def nearest(values: Tensor, table: Tensor) -> Tensor:
 
 
 class AffineTraining:
-    """An affine weight in training; the latent floats are in units of the range that a code of 3 would have."""
+    """An affine weight in training; the latent floats are in steps."""
 
     def __init__(self, tensor: Affine, weight: Tensor) -> None:
         self.rows = rows = AffineRows(tensor, weight)
-        self.per_unit = torch.maximum(-rows.low, rows.high).clamp_min(3) / 3
         kept = (rows.values - rows.codes).clamp(-0.5 + _MARGIN, 0.5 - _MARGIN)
         outside = ((rows.codes == rows.low) & (rows.values < rows.low)) | (
             (rows.codes == rows.high) & (rows.values > rows.high)
         )
-        latent = torch.where(outside, rows.values, rows.codes + kept)
-        self.latent = (latent / self.per_unit).requires_grad_()
-        self.factor = torch.ones_like(rows.scale).requires_grad_()
+        self.latent = torch.where(outside, rows.values, rows.codes + kept).requires_grad_()
+        self.change = torch.zeros_like(rows.scale).requires_grad_()
 
     def parameters(self) -> dict[str, Tensor]:
-        return {"weight": self.latent, "scale": self.factor}
-
-    def _step(self) -> Tensor:
-        return self.factor.clamp_min(0.01)
+        return {"weight": self.latent, "scale": self.change}
 
     def weight(self) -> Tensor:
-        values = self.latent * self.per_unit
-        quantized = Lsq.apply(values, self._step(), self.rows.low, self.rows.high)  # type: ignore[no-untyped-call]
-        return self.rows.shaped(quantized * self.rows.scale)
+        rows = self.rows
+        quantized = Lsq.apply(self.latent, rows.factor(self.change), rows.low, rows.high)  # type: ignore[no-untyped-call]
+        return rows.shaped(quantized * rows.scale)
 
     def hard(self) -> Affine:
         with torch.no_grad():
-            ratio = self.latent * self.per_unit / self._step()
-            codes = torch.minimum(torch.maximum(ratio, self.rows.low), self.rows.high).round()
-            return self.rows.stored(codes, self._step())
+            factor = self.rows.factor(self.change)
+            codes = torch.minimum(torch.maximum(self.latent / factor, self.rows.low), self.rows.high).round()
+            return self.rows.stored(codes, factor)
 
 
 class PaletteTraining:

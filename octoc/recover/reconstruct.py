@@ -44,7 +44,7 @@ KIND = "tune"
 
 BATCH = 32
 STEPS = 400  # a block
-RATES = {"rounding": 2e-2, "scale": 1e-3, "table": 1e-3, "float": 1e-3}
+RATES = {"rounding": 2e-2, "scale": 5e-3, "table": 5e-3, "float": 1e-3}
 STIFFNESS = 1.0  # weight of the regulariser
 MIX = 0.5  # probability of the original's input
 MOST_BYTES = 1 << 30  # values that are kept of all samples

@@ -43,27 +43,27 @@ def begin(share: Tensor, upper: Tensor) -> Tensor:
 
 
 class AffineRounding:
-    """Codes of an affine tensor between neighbours; scales are learned as factors."""
+    """Codes of an affine tensor between neighbours; scales are learned too."""
 
     def __init__(self, tensor: Affine, weight: Tensor) -> None:
         self.rows = rows = AffineRows(tensor, weight)
         upper = ((rows.values < rows.codes) | (rows.codes >= rows.high)) & (rows.codes > rows.low)
         self.base = rows.codes - upper.float()
         self.v = begin(rows.values - self.base, upper)
-        self.factor = torch.ones_like(rows.scale).requires_grad_()
+        self.change = torch.zeros_like(rows.scale).requires_grad_()
 
     def parameters(self) -> dict[str, Tensor]:
-        return {"rounding": self.v, "scale": self.factor}
+        return {"rounding": self.v, "scale": self.change}
 
     def share(self) -> Tensor:
         return rectified(self.v)
 
     def weight(self) -> Tensor:
-        return self.rows.shaped((self.base + self.share()) * (self.factor.clamp_min(0.01) * self.rows.scale))
+        return self.rows.shaped((self.base + self.share()) * (self.rows.factor(self.change) * self.rows.scale))
 
     def hard(self) -> Affine:
         with torch.no_grad():
-            return self.rows.stored(self.base + (self.share() >= 0.5), self.factor.clamp_min(0.01))
+            return self.rows.stored(self.base + (self.share() >= 0.5), self.rows.factor(self.change))
 
 
 class PaletteRounding:
