@@ -40,6 +40,7 @@ def build(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
         if bench.plans:
             search.measure_overhead()
         outcome = search.run(bench.limits)
+    outcome, learned = _recovered(bench, outcome, out)
     with shared.clock.stage("verify", f"Verifying {job.device.id} {job.format}"):
         checks = _verify(bench, outcome)
     (bench.folder / "recipe.json").write_text(bench.recipe(outcome.plan, outcome.small).to_json())
@@ -60,7 +61,13 @@ def build(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
         outcome.points,
     )
     seconds = {"total": time.perf_counter() - started}
-    return replace(report, checks=tuple(checks), agreement=_agreement(bench), seconds=seconds)
+    return replace(
+        report,
+        checks=tuple(checks),
+        agreement=_agreement(bench),
+        notes=(*report.notes, *learned),
+        seconds=seconds,
+    )
 
 
 def plan_only(job: Job, shared: Shared, work: Path, out: Path) -> ArtifactReport:
@@ -108,6 +115,27 @@ def _replay(bench: Workbench) -> Outcome:
     quality = bench.file_quality(path)
     chosen = Point(nbytes, sum(c.loss for c in plan), quality, "chosen")
     return Outcome(plan, small, path, nbytes, quality, [chosen], (nbytes, nbytes))
+
+
+def _recovered(bench: Workbench, outcome: Outcome, out: Path) -> tuple[Outcome, tuple[str, ...]]:
+    """The outcome after training, where that is asked for and within the limits, and what the report says of it."""
+    tuned = bench.recovered(outcome.small, out)
+    if tuned is None:
+        return outcome, ()
+    path, nbytes = bench.write(tuned.compressed)
+    limit = bench.limits.nbytes
+    if limit is not None and nbytes > limit >= outcome.nbytes:
+        bench.training = None
+        path, _ = bench.write(outcome.small)
+        note = f"training is left out: its file takes {nbytes} B of {limit:.0f} B allowed"
+        return replace(outcome, path=path, quality=bench.file_quality(path)), (note,)
+    quality = bench.file_quality(path)
+    spent = f"trained {tuned.run} of {tuned.steps} steps: divergence on held-out samples "
+    note = f"{spent}{tuned.before:.4g} before, {tuned.after:.4g} after"
+    points = [Point(p.nbytes, p.predicted, p.quality, "tried") if p.kind == "chosen" else p for p in outcome.points]
+    points.append(Point(nbytes, sum(c.loss for c in outcome.plan), quality, "chosen"))
+    trained = Outcome(outcome.plan, tuned.compressed, path, nbytes, quality, points, outcome.reachable)
+    return trained, (note, *tuned.notes)
 
 
 def _verify(bench: Workbench, outcome: Outcome) -> list[Check]:

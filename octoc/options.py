@@ -13,7 +13,7 @@ from octoc.proof import Proof, read_proof
 from octoc.qtensor import Scheme
 from octoc.quantize import encoder
 from octoc.recipe import Recipe, read_recipe
-from octoc.units import parse_size
+from octoc.units import parse_seconds, parse_size
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Options:
     method: str | None = None
     sensitivity: Path | None = None
     activations: str | None = None
+    recover: float | None = None
     sparsity: float | None = None
     rank: float | None = None
     seed: int = 0
@@ -85,6 +86,7 @@ def parse_options(
     method: str | None,
     sensitivity: str | Path | None,
     activations: str | None,
+    recover: str | float | None,
     sparsity: float | None,
     rank: float | None,
     seed: int,
@@ -120,6 +122,7 @@ def parse_options(
             "avg-bits": avg_bits,
             "method": method,
             "sensitivity": sensitivity,
+            "recover": recover,
             "activations": activations,
             "sparsity": sparsity,
             "rank": rank,
@@ -141,6 +144,7 @@ def parse_options(
         method=method,
         sensitivity=None if sensitivity is None else Path(sensitivity),
         activations=activations,
+        recover=_time(recover),
         sparsity=_fraction("sparsity", sparsity),
         rank=_fraction("rank", rank),
         seed=seed if replayed is None else replayed.seed,
@@ -156,6 +160,17 @@ def _size(size: str | float | None) -> int | None:
     if not 1 <= size < float("inf"):
         raise UsageError(f"a budget of {size} bytes holds nothing; give a size such as 150kB")
     return int(size)
+
+
+def _time(recover: str | float | None) -> float | None:
+    """Seconds of training, None for none."""
+    if recover is None or recover == "none":
+        return None
+    if isinstance(recover, str):
+        return parse_seconds(recover)
+    if not 0 < recover < float("inf"):
+        raise UsageError(f"--recover {recover}: training takes some seconds; write a time such as 15min, or none")
+    return float(recover)
 
 
 def _proof_beside(recipe: Path) -> Proof | None:

@@ -56,6 +56,7 @@ def compress_model(
     method: str | None = None,
     sensitivity: str | Path | None = None,
     activations: str | None = None,
+    recover: str | float | None = None,
     sparsity: float | None = None,
     rank: float | None = None,
     metric: str | None = None,
@@ -89,6 +90,8 @@ def compress_model(
             bits and the usual method above.
         sensitivity: `sensitivity.json` of an earlier run on this network, in place of measuring.
         activations: "float" or "int8"; None means floats, and int8 where the device runs nothing else.
+        recover: time to train the compressed network towards the original's outputs, seconds or text such as "15min";
+            "none" or None trains nothing. Calibration samples are learned from, without labels.
         sparsity: fraction of weights that magnitude pruning sets to zero.
         rank: share of the full rank that truncated SVD keeps, where that saves.
         metric: name of a metric or `module:function`; top-1 with class numbers, else cosine.
@@ -120,6 +123,7 @@ def compress_model(
         method=method,
         sensitivity=sensitivity,
         activations=activations,
+        recover=recover,
         sparsity=sparsity,
         rank=rank,
         seed=seed,

@@ -1,4 +1,4 @@
-"""Sizes as people write them: `150kB` is 150 000 bytes, `150KiB` is 153 600."""
+"""Sizes and times as people write them: `150kB` is 150 000 bytes, `150KiB` is 153 600; `15min` is 900 s."""
 
 from __future__ import annotations
 
@@ -19,6 +19,22 @@ _UNITS = {
     "gib": 1024**3,
 }
 _SIZE = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_TIME = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(s|min|h)\s*", re.IGNORECASE | re.ASCII)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of a written time: a number and s, min or h.
+
+    Raises:
+        UsageError: not a time, or none at all.
+    """
+    match = _TIME.fullmatch(text)
+    seconds = float(match[1]) * _SECONDS[match[2].lower()] if match else 0.0
+    if not seconds:
+        raise UsageError(f"{text!r} is not a time; write a number and s, min or h, such as 15min")
+    return seconds
 
 
 def parse_size(text: str) -> int:

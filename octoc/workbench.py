@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from octoc import __version__
-from octoc.apply import Encoder, encode_biases, encode_weights, restructure
+from octoc.apply import Encoder, encode_biases, encode_weights, recover, restructure
 from octoc.compressed import Compressed
 from octoc.evaluate import open_session, predict, predict_model
 from octoc.export import Exporter, exporter
@@ -25,7 +25,9 @@ from octoc.qtensor import QTensor, Scheme
 from octoc.quantize import encoder as method_named
 from octoc.quantize.activations import integer_layers
 from octoc.quantize.bias import channel_means, corrections
-from octoc.recipe import CorrectBiases, Encode, Equalize, QuantizeActivations, Recipe
+from octoc.recipe import CorrectBiases, Encode, Equalize, QuantizeActivations, Recipe, Recover
+from octoc.recover import Tuned
+from octoc.recover.state import identity
 from octoc.report import Note
 from octoc.search import Limits, Plan, Search, Tools
 from octoc.sequential import encode_sequentially, needs_hessian
@@ -33,6 +35,7 @@ from octoc.shared import Job, Shared
 
 Shifts = dict[str, tuple[float, ...]]
 
+RECOVERY = "distill"  # a file of octoc/recover/
 _COARSE = 4  # bits of a code; above, what GPTQ wins is less than float16 rounding costs
 
 
@@ -48,6 +51,7 @@ class Workbench:
         self.model, self.activation_steps = shared.activated(self.wants_int8)
         self._means: dict[str, torch.Tensor] | None = None
         self.rounded: tuple[Note, ...] = ()
+        self.training: Recover | None = None
         self.integer = any(isinstance(step, QuantizeActivations) for step in self.activation_steps)
         self.folder = work / job.device.id / job.format
         self.base = self._converted()
@@ -130,8 +134,57 @@ class Workbench:
         else:
             coded, found = encode_weights(self.model, steps, self.encoder), None
         shifts = self._shifts(coded, found) if correct else {}
-        model = restructure(self.model, [CorrectBiases(shifts)])
+        model = restructure(self.model, [CorrectBiases(shifts), *self._trained()])
         return Compressed(model, {**coded, **encode_biases(model, coded)}, shifts)
+
+    def _trained(self) -> tuple[Recover, ...]:
+        """Training that is not done again, because the proof beside the recipe holds its codes."""
+        recipe = self.options.recipe
+        return recipe.of(Recover) if recipe is not None and self.options.proof is not None else ()
+
+    def recovered(self, small: Compressed, out: Path) -> Tuned | None:
+        """The network after training towards the original's outputs, None where none is asked for.
+
+        Args:
+            small: the compressed network.
+            out: where the state of the training is kept, for a run that is broken off to be resumed by the next.
+        """
+        recipe = self.options.recipe
+        asked = None if recipe is None else next(iter(recipe.of(Recover)), None)
+        if asked is not None and self.options.proof is not None:
+            self.training = asked
+            return None
+        if asked is None and self.options.recover is None:
+            return None
+        seconds, steps = (self.options.recover, None) if asked is None else (None, asked.steps)
+        done = 0
+
+        def step(current: int, total: int) -> None:
+            nonlocal done
+            percent = 100 * current // max(total, 1)
+            self.clock.progress.advance(percent - done)
+            done = percent
+
+        inputs, original = self.shared.calibration.inputs, self._floats()
+        request = (RECOVERY, self.shared.classes, self.options.seed, seconds, steps)
+        stem = f".{self.job.device.id}-{self.job.format}"
+        state = out / f"{stem}-{identity(small, original, inputs, *request)[:16]}.recovery"
+        with self.clock.stage("recover", "Training towards the original", 100):
+            tuned, self.training = recover(
+                small,
+                original,
+                inputs,
+                RECOVERY,
+                classes=self.shared.classes,
+                seed=self.options.seed,
+                steps=steps,
+                seconds=seconds,
+                step=step,
+                state=state,
+            )
+        for stale in out.glob(f"{stem}-*.recovery"):  # of runs that were broken off and never resumed
+            stale.unlink()
+        return tuned
 
     def _shifts(self, coded: dict[str, QTensor], found: Shifts | None) -> Shifts:
         """What to add to each bias: the recipe's numbers, or measured on calibration samples.
@@ -222,7 +275,8 @@ class Workbench:
     def recipe(self, plan: Plan, small: Compressed) -> Recipe:
         """The decisions that made a network of this plan."""
         corrected = (CorrectBiases(small.shifts),) if small.shifts else ()
-        steps = (*self.shared.structure, *self.activation_steps, *corrected, *self.encodes(plan))
+        trained = () if self.training is None else (self.training,)
+        steps = (*self.shared.structure, *self.activation_steps, *corrected, *self.encodes(plan), *trained)
         return Recipe(
             self.shared.fingerprint, self.job.format, self.job.device.id, self.options.seed, steps, __version__
         )

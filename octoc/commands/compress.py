@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     help="sensitivity.json of an earlier run on this network, in place of measuring.",
 )
 @options.activations
+@click.option(
+    "--recover", metavar="TIME", help="Train towards the original's outputs: 15min, or none (the default). No labels."
+)
 @click.option("--sparsity", type=float, metavar="SHARE", help="Share of weights to prune, between 0 and 1.")
 @click.option("--rank", type=float, metavar="SHARE", help="Share of the full rank to keep, between 0 and 1.")
 @click.option(
