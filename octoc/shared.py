@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,17 +16,19 @@ from octoc.evaluate import model_calls
 from octoc.metrics import Metric
 from octoc.model import Model
 from octoc.options import Options
-from octoc.profile import Profile, measure, read_profile
+from octoc.profile import Profile, divergence, measure, read_profile
 from octoc.progress import Clock
 from octoc.proof import Array
 from octoc.quantize.activations import calibrate
 from octoc.quantize.equalize import exponents
+from octoc.quantize.start import float_start
 from octoc.recipe import Decision, Equalize, QuantizeActivations
 
 CALIBRATION_BATCH = 32
 PROFILE_SAMPLES = 64
 FEW_SAMPLES = 16  # where the network fixes its batch, and each call measures all layers anew
 GATHERED = 512  # samples for the statistics that methods take of a layer's inputs
+START_SAMPLES = 32  # what int8 costs is compared among few cuts, far apart
 SAMPLES = 64  # enough for the mean of a channel, few enough to keep every value of one evaluation
 
 
@@ -75,7 +78,12 @@ class Shared:
             powers = exponents(self.shaped, self._batches())
         steps = (Equalize(powers),) if powers else ()
         with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
-            ranges = calibrate(restructure(self.shaped, steps), self._batches())
+            model = restructure(self.shaped, steps)
+            ranges = calibrate(model, self._batches())
+        with self.clock.stage("calibrate", "Looking for values that int8 costs most"):
+            few = model_calls(self.shaped, self.calibration.inputs, START_SAMPLES)
+            for name in float_start(model, ranges, few, partial(divergence, classes=self.classes)):
+                del ranges[name]
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
 
     def profile(self) -> Profile:
