@@ -7,7 +7,8 @@ Jacob et al., "Quantization and Training of Neural Networks for Efficient Intege
    integer kernels exist for, after the activation that is fused into them.
 2. Calibration runs the network batch by batch and keeps one histogram a point, never an activation.
 3. `ranges.choose_range` takes the range of least expected error, or as the method says. Before a leaky ReLU a negative
-   value counts with the square of the slope, because that is what is left of its error afterwards.
+   value counts with the square of the slope, because that is what is left of its error afterwards. `share_grid` then
+   moves the range behind it to where every kernel computes the same.
 4. `rewrite` inserts quantize/dequantize pairs: the graph then is the definition of what all formats compute.
 """
 
@@ -30,6 +31,7 @@ from octoc.quantize.ranges import HIGH, LOW, Range, choose_range
 from octoc.stats import Histogram
 
 KIND = "rewrite"
+_MOST_MOVED = 0.03  # share of its scale by which a range may move so that a kernel computes it exactly
 _LEAST_BIAS = 1e-28  # counts for smaller ones and for zero: 2**-30 of it is still a normal float32
 
 # Operations with integer kernels in LiteRT and onnxruntime: they read int8 and write int8.
@@ -169,7 +171,37 @@ def calibrate(
             f"calibration saw no finite value of {unseen[0]} (and {len(unseen) - 1} more); give more samples"
         )
     chosen = {name: choose_range(h, _slope(nodes[name]), steps, ranges) for name, h in histograms.items()}
+    for name in chosen:
+        before = _only_source(nodes[name])
+        if nodes[name].target is aten.leaky_relu.default and before in chosen:
+            slope = float(argument(nodes[name], "negative_slope", 1, 0.01))
+            chosen[name] = share_grid(chosen[before], chosen[name], slope)
     return {name: chosen[source] for name, source in points.items()}
+
+
+def _only_source(node: fx.Node) -> str:
+    source = node.args[0] if node.args else None
+    return source.name if isinstance(source, fx.Node) else ""
+
+
+def share_grid(before: Range, behind: Range, slope: float) -> Range:
+    """The range behind a leaky ReLU, moved a little so that 8-bit multipliers compute it exactly.
+
+    XNNPACK (`qs8-vlrelu`) multiplies codes by the quotient of the scales, and below zero by the slope as well, both
+    rounded to 256ths: another quotient puts a share of all values on the wrong code, always to the same side.
+
+    Args:
+        before: of the leaky ReLU's input.
+        behind: of its output.
+        slope: of the leaky ReLU below zero.
+    """
+    wanted = 256 * before.scale / behind.scale
+    near = np.arange(np.ceil(wanted * (1 - _MOST_MOVED)), np.floor(wanted * (1 + _MOST_MOVED)) + 1)
+    if not near.size or near[0] < 1:
+        return behind  # so much coarser behind that 256ths say nothing
+    missed = np.round(np.abs(near * slope - np.round(near * slope)), 6)
+    nearest = near[np.lexsort((np.abs(near - wanted), missed))[0]]
+    return Range(float(np.float32(256 * before.scale / nearest)), behind.zero_point)
 
 
 def _slope(node: fx.Node) -> float:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, fx
 
 from octoc.model import KINDS, Model
-from octoc.quantize.activations import Range, rewrite
+from octoc.quantize.activations import rewrite
+from octoc.quantize.ranges import Range
 
 KIND = "rewrite"
 MOST_MACS = 0.15  # share of the network's multiply-accumulates that may stay in floats
