@@ -21,8 +21,9 @@ from octoc.progress import Clock
 from octoc.proof import Array
 from octoc.quantize.activations import calibrate
 from octoc.quantize.equalize import exponents
-from octoc.quantize.start import float_start
+from octoc.quantize.start import float_start, layers_of
 from octoc.recipe import Decision, Equalize, QuantizeActivations
+from octoc.report import Note
 
 CALIBRATION_BATCH = 32
 PROFILE_SAMPLES = 64
@@ -59,6 +60,7 @@ class Shared:
     bases: dict[tuple[str, str], Any] = field(default_factory=dict)
     encoders: dict[str, Encoder] = field(default_factory=dict)
     calibrated: tuple[Equalize | QuantizeActivations, ...] = ()
+    spared: tuple[Note, ...] = ()
     measured: Profile | None = None
     answers: list[tuple[torch.Tensor, ...]] | None = None
 
@@ -82,8 +84,12 @@ class Shared:
             ranges = calibrate(model, self._batches())
         with self.clock.stage("calibrate", "Looking for values that int8 costs most"):
             few = model_calls(self.shaped, self.calibration.inputs, START_SAMPLES)
-            for name in float_start(model, ranges, few, partial(divergence, classes=self.classes)):
-                del ranges[name]
+            spared = float_start(model, ranges, few, partial(divergence, classes=self.classes))
+        self.spared = tuple(
+            Note(layer, "computes in floats: of all layers int8 would cost most there, and gain least")
+            for layer in layers_of(model, spared)
+        )
+        ranges = {name: found for name, found in ranges.items() if name not in spared}
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
 
     def profile(self) -> Profile:

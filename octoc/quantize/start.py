@@ -14,7 +14,7 @@ become int8 once, only later, and nothing is decoded in between. Integer kernels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor, fx
 
@@ -63,6 +63,16 @@ def float_start(
     if gain < LEAST_GAIN:
         return ()
     return tuple(sorted((name for name in ranges if order[name] < order[best]), key=order.__getitem__))
+
+
+def layers_of(model: Model, spared: Collection[str]) -> tuple[str, ...]:
+    """Names of the layers that read any of these values, in the order of first use."""
+    nodes = model.nodes()
+    return tuple(
+        layer.name
+        for layer in model.layers()
+        if any(source.name in spared for name in layer.nodes for source in nodes[name].all_input_nodes)
+    )
 
 
 def cuts(model: Model, ranges: Mapping[str, Range]) -> list[tuple[str, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from octoc.load.module import from_module
 from octoc.model import Model
 from octoc.quantize.activations import calibrate, rewrite
-from octoc.quantize.start import MOST_MACS, cuts, float_start
+from octoc.quantize.start import MOST_MACS, cuts, float_start, layers_of
 
 
 class Net(nn.Module):
@@ -64,6 +64,8 @@ def test_a_start_whose_channels_share_no_scale_stays_in_floats() -> None:
     assert {"x", "conv2d", "leaky_relu"} <= set(spared)
     kept = {name: found for name, found in ranges.items() if name not in spared}
     assert {"conv2d_3", "linear"} <= set(kept)
+    assert layers_of(model, spared)[0] == "one.weight"
+    assert "head.weight" not in layers_of(model, spared)
     reference = model.run(x)
     assert squared(reference, rewrite(model, kept).run(x)) < squared(reference, rewrite(model, ranges).run(x)) / 2
     assert max(share for cut, share in cuts(model, ranges) if cut not in kept or cut == next(iter(kept))) <= MOST_MACS
