@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from octoc.progress import Clock
 from octoc.proof import Array
 from octoc.quantize.activations import calibrate
 from octoc.quantize.equalize import exponents
+from octoc.quantize.ranges import Range
 from octoc.quantize.start import float_start, layers_of
 from octoc.recipe import Decision, Equalize, QuantizeActivations
 from octoc.report import Note
@@ -57,6 +58,7 @@ class Shared:
     outputs: Sequence[Array]
     options: Options
     clock: Clock
+    floats: bool  # every device of the run computes in floats too
     bases: dict[tuple[str, str], Any] = field(default_factory=dict)
     encoders: dict[str, Encoder] = field(default_factory=dict)
     calibrated: tuple[Equalize | QuantizeActivations, ...] = ()
@@ -82,15 +84,20 @@ class Shared:
         with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
             model = restructure(self.shaped, steps)
             ranges = calibrate(model, self._batches())
-        with self.clock.stage("calibrate", "Looking for values that int8 costs most"):
-            few = model_calls(self.shaped, self.calibration.inputs, START_SAMPLES)
-            spared = float_start(model, ranges, few, partial(divergence, classes=self.classes))
-        self.spared = tuple(
-            Note(layer, "computes in floats: of all layers int8 would cost most there, and gain least")
-            for layer in layers_of(model, spared)
-        )
+        spared = self._spare(model, ranges)
         ranges = {name: found for name, found in ranges.items() if name not in spared}
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
+
+    def _spare(self, model: Model, ranges: Mapping[str, Range]) -> tuple[str, ...]:
+        """Values of the network's start that stay in floats, of which the report says the layers."""
+        if not self.floats:
+            return ()
+        with self.clock.stage("calibrate", "Looking for values that int8 costs most"):
+            few = model_calls(self.shaped, self.calibration.inputs, START_SAMPLES)
+            found = float_start(model, ranges, few, partial(divergence, classes=self.classes))
+        why = "computes in floats: of all layers int8 would cost most there, and gain least"
+        self.spared = tuple(Note(layer, why) for layer in layers_of(model, found))
+        return found
 
     def profile(self) -> Profile:
         """Every weight's sensitivity, read from the user's file or measured when the first artefact needs it."""
