@@ -21,13 +21,13 @@ from octoc.qtensor import Affine, Palette, QTensor, Scheme, Sparse
 from octoc.quantize import bias, encode
 from octoc.quantize import equalize as equalization
 from octoc.quantize.activations import (
-    Range,
     encode_bias,
     integer_layers,
     make_room,
     rewrite,
     separate_biases,
 )
+from octoc.quantize.ranges import Range
 from octoc.recipe import (
     CorrectBiases,
     Decision,

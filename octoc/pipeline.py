@@ -25,7 +25,7 @@ from octoc.load import load_model
 from octoc.metrics import class_numbers, default_metric, get_metric
 from octoc.model import Model
 from octoc.options import Asked, Options, parse_options
-from octoc.placement import offers, sparse_offers
+from octoc.placement import offers, runs_only_int8, sparse_offers
 from octoc.progress import Clock, Progress, Silent
 from octoc.qtensor import Scheme
 from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune
@@ -157,6 +157,7 @@ def compress_model(
             outputs=outputs,
             options=options,
             clock=clock,
+            floats=not any(runs_only_int8(job.device, job.format) for job in jobs),
         )
         make = plan_only if dry_run else build
         artifacts, failures = _each(jobs, lambda job: make(job, shared, work, Path(out)))

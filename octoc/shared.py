@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,17 +16,21 @@ from octoc.evaluate import model_calls
 from octoc.metrics import Metric
 from octoc.model import Model
 from octoc.options import Options
-from octoc.profile import Profile, measure, read_profile
+from octoc.profile import Profile, divergence, measure, read_profile
 from octoc.progress import Clock
 from octoc.proof import Array
 from octoc.quantize.activations import calibrate
 from octoc.quantize.equalize import exponents
+from octoc.quantize.ranges import Range
+from octoc.quantize.start import float_start, layers_of
 from octoc.recipe import Decision, Equalize, QuantizeActivations
+from octoc.report import Note
 
 CALIBRATION_BATCH = 32
 PROFILE_SAMPLES = 64
 FEW_SAMPLES = 16  # where the network fixes its batch, and each call measures all layers anew
 GATHERED = 512  # samples for the statistics that methods take of a layer's inputs
+START_SAMPLES = 32  # what int8 costs is compared among few cuts, far apart
 SAMPLES = 64  # enough for the mean of a channel, few enough to keep every value of one evaluation
 
 
@@ -53,9 +58,11 @@ class Shared:
     outputs: Sequence[Array]
     options: Options
     clock: Clock
+    floats: bool  # every device of the run computes in floats too
     bases: dict[tuple[str, str], Any] = field(default_factory=dict)
     encoders: dict[str, Encoder] = field(default_factory=dict)
     calibrated: tuple[Equalize | QuantizeActivations, ...] = ()
+    spared: tuple[Note, ...] = ()
     measured: Profile | None = None
     answers: list[tuple[torch.Tensor, ...]] | None = None
 
@@ -75,8 +82,22 @@ class Shared:
             powers = exponents(self.shaped, self._batches())
         steps = (Equalize(powers),) if powers else ()
         with self.clock.stage("calibrate", "Calibrating activations", len(self.calibration)):
-            ranges = calibrate(restructure(self.shaped, steps), self._batches())
+            model = restructure(self.shaped, steps)
+            ranges = calibrate(model, self._batches())
+        spared = self._spare(model, ranges)
+        ranges = {name: found for name, found in ranges.items() if name not in spared}
         return (*steps, QuantizeActivations({name: (r.scale, r.zero_point) for name, r in ranges.items()}))
+
+    def _spare(self, model: Model, ranges: Mapping[str, Range]) -> tuple[str, ...]:
+        """Values of the network's start that stay in floats, of which the report says the layers."""
+        if not self.floats:
+            return ()
+        with self.clock.stage("calibrate", "Looking for values that int8 costs most"):
+            few = model_calls(self.shaped, self.calibration.inputs, START_SAMPLES)
+            found = float_start(model, ranges, few, partial(divergence, classes=self.classes))
+        why = "computes in floats: of all layers int8 would cost most there, and gain least"
+        self.spared = tuple(Note(layer, why) for layer in layers_of(model, found))
+        return found
 
     def profile(self) -> Profile:
         """Every weight's sensitivity, read from the user's file or measured when the first artefact needs it."""

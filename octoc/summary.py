@@ -43,7 +43,12 @@ def summarize(
         layers=tuple(_lines(bench, plan, small)),
         front=(*_thin(hull), *points),
         reachable=reachable,
-        skipped=(*bench.offering.skipped, *bench.rounded, *uncoded(bench.model)),
+        skipped=(
+            *bench.offering.skipped,
+            *(shared.spared if bench.integer else ()),
+            *bench.rounded,
+            *uncoded(bench.model),
+        ),
         fallbacks=(
             *bench.offering.remarks(plan),
             *slowdowns(bench.model, bench.job.device, bench.job.format, dict(choice.key for choice in plan)),

@@ -1,21 +1,21 @@
 """Static int8 activations: where they are quantized, and over which range.
 
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018
-(where quantizers stand so that every operation between them can run in integers); ranges by least expected squared
-error over a streaming histogram.
+(where quantizers stand so that every operation between them can run in integers).
 
 1. `quantization_points` walks the graph and names the values that become int8: inputs and outputs of operations that
    integer kernels exist for, after the activation that is fused into them.
 2. Calibration runs the network batch by batch and keeps one histogram a point, never an activation.
-3. `choose_range` takes the range of least expected error. Before a leaky ReLU a negative value counts with the square
-   of the slope, because that is what is left of its error afterwards.
+3. `ranges.choose_range` takes the range of least expected error, or as the method says. Before a leaky ReLU a negative
+   value counts with the square of the slope, because that is what is left of its error afterwards. `share_grid` then
+   moves the range behind it to where every kernel computes the same.
 4. `rewrite` inserts quantize/dequantize pairs: the graph then is the definition of what all formats compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,11 @@ from octoc.errors import DataError
 from octoc.graph import bias_of, fresh_name, set_bias
 from octoc.model import KINDS, Model, argument, aten
 from octoc.qtensor import Affine, expand
+from octoc.quantize.ranges import HIGH, LOW, Range, choose_range
 from octoc.stats import Histogram
 
 KIND = "rewrite"
-LOW, HIGH = -128, 127
-_LEAST_SPAN = 1e-30  # values within less are zero; the scale of a clipped range stays a normal float32
+_MOST_MOVED = 0.03  # share of its scale by which a range may move so that a kernel computes it exactly
 _LEAST_BIAS = 1e-28  # counts for smaller ones and for zero: 2**-30 of it is still a normal float32
 
 # Operations with integer kernels in LiteRT and onnxruntime: they read int8 and write int8.
@@ -65,14 +65,6 @@ _MOVES = {
     aten.select.int,
     aten.max_pool2d.default,
 }
-
-
-@dataclass(frozen=True)
-class Range:
-    """How one value becomes int8: code = round(value / scale) + zero_point, saturated to [-128, 127]."""
-
-    scale: float
-    zero_point: int
 
 
 def moves(node: fx.Node) -> bool:
@@ -146,13 +138,16 @@ def _after_fused(node: fx.Node) -> fx.Node:
     return node
 
 
-def calibrate(model: Model, batches: Iterable[tuple[Tensor, ...]], steps: int = 100) -> dict[str, Range]:
+def calibrate(
+    model: Model, batches: Iterable[tuple[Tensor, ...]], steps: int = 100, ranges: str = "mse"
+) -> dict[str, Range]:
     """Ranges of all quantization points.
 
     Args:
         model: batch norm folded.
         batches: inputs of the network, samples first.
         steps: clipping ratios tried on each side.
+        ranges: how they are chosen, a key of `ranges.METHODS`.
 
     Returns:
         name of a node -> its range.
@@ -175,8 +170,38 @@ def calibrate(model: Model, batches: Iterable[tuple[Tensor, ...]], steps: int = 
         raise DataError(
             f"calibration saw no finite value of {unseen[0]} (and {len(unseen) - 1} more); give more samples"
         )
-    chosen = {name: choose_range(h, _slope(nodes[name]), steps) for name, h in histograms.items()}
+    chosen = {name: choose_range(h, _slope(nodes[name]), steps, ranges) for name, h in histograms.items()}
+    for name in chosen:
+        before = _only_source(nodes[name])
+        if nodes[name].target is aten.leaky_relu.default and before in chosen:
+            slope = float(argument(nodes[name], "negative_slope", 1, 0.01))
+            chosen[name] = share_grid(chosen[before], chosen[name], slope)
     return {name: chosen[source] for name, source in points.items()}
+
+
+def _only_source(node: fx.Node) -> str:
+    source = node.args[0] if node.args else None
+    return source.name if isinstance(source, fx.Node) else ""
+
+
+def share_grid(before: Range, behind: Range, slope: float) -> Range:
+    """The range behind a leaky ReLU, moved a little so that 8-bit multipliers compute it exactly.
+
+    XNNPACK (`qs8-vlrelu`) multiplies codes by the quotient of the scales, and below zero by the slope as well, both
+    rounded to 256ths: another quotient puts a share of all values on the wrong code, always to the same side.
+
+    Args:
+        before: of the leaky ReLU's input.
+        behind: of its output.
+        slope: of the leaky ReLU below zero.
+    """
+    wanted = 256 * before.scale / behind.scale
+    near = np.arange(np.ceil(wanted * (1 - _MOST_MOVED)), np.floor(wanted * (1 + _MOST_MOVED)) + 1)
+    if not near.size or near[0] < 1:
+        return behind  # so much coarser behind that 256ths say nothing
+    missed = np.round(np.abs(near * slope - np.round(near * slope)), 6)
+    nearest = near[np.lexsort((np.abs(near - wanted), missed))[0]]
+    return Range(float(np.float32(256 * before.scale / nearest)), behind.zero_point)
 
 
 def _slope(node: fx.Node) -> float:
@@ -184,46 +209,6 @@ def _slope(node: fx.Node) -> float:
     if node.users and all(user.target is aten.leaky_relu.default for user in node.users):
         return max(abs(float(argument(user, "negative_slope", 1, 0.01))) for user in node.users)
     return 1.0
-
-
-def choose_range(histogram: Histogram, slope: float = 1.0, steps: int = 100) -> Range:
-    """The int8 range of least expected squared error.
-
-    Args:
-        histogram: of the values.
-        slope: what a negative value is multiplied by afterwards; its error counts with the square.
-        steps: clipping ratios tried on each side.
-    """
-    low, high = min(histogram.lowest, 0.0), max(histogram.highest, 0.0)
-    if not np.isfinite(low) or not np.isfinite(high) or high - low < _LEAST_SPAN:
-        return Range(1.0, 0)
-    centres, counts = histogram.centres, histogram.counts
-    used = counts > 0
-    centres = np.clip(centres[used], low, high)
-    weights = counts[used] * np.where(centres < 0, slope * slope, 1.0)
-    best, lo, hi = np.inf, low, high
-    # Coordinate descent: the error is nearly separable in the two ends, which only share the step.
-    for _ in range(2):
-        for end in ("low", "high"):
-            if (end == "low" and low == 0) or (end == "high" and high == 0):
-                continue
-            for ratio in np.linspace(1.0, 0.02, steps):
-                a, b = (low * ratio, hi) if end == "low" else (lo, high * ratio)
-                found = _to_range(a, b)
-                error = _error(centres, weights, found)
-                if error < best:
-                    best, lo, hi = error, a, b
-    return _to_range(lo, hi)
-
-
-def _to_range(low: float, high: float) -> Range:
-    scale = float(np.float32((high - low) / (HIGH - LOW)))
-    return Range(scale, int(np.clip(round(LOW - low / scale), LOW, HIGH)))
-
-
-def _error(values: Any, weights: Any, found: Range) -> float:
-    codes = np.clip(np.round(values / found.scale) + found.zero_point, LOW, HIGH)
-    return float(weights @ np.square((codes - found.zero_point) * found.scale - values))
 
 
 def rewrite(model: Model, ranges: Mapping[str, Range]) -> Model:

@@ -20,18 +20,16 @@ from octoc.load.module import from_module
 from octoc.model import Model, aten
 from octoc.qtensor import Affine
 from octoc.quantize.activations import (
-    HIGH,
-    LOW,
-    Range,
     calibrate,
-    choose_range,
     encode_bias,
     integer_layers,
     make_room,
     quantization_points,
     rewrite,
     separate_biases,
+    share_grid,
 )
+from octoc.quantize.ranges import HIGH, LOW, Range, choose_range
 from octoc.stats import Histogram
 
 Floats = NDArray[np.float64]
@@ -454,3 +452,24 @@ def test_a_grouped_transposed_convolution_has_the_same_scales_in_each_group() ->
     coded = encode_bias(bias, roomy, 0.5)
     np.testing.assert_array_equal(coded.scale, np.tile(np.float32(0.5) * roomy.scale.ravel(), 2))
     np.testing.assert_allclose(coded.dequantize(), bias, atol=0.05)
+
+
+@given(st.floats(1.0, 2.0), st.integers(-128, 0), st.sampled_from([0.1, 0.2, 0.25]))
+def test_behind_a_leaky_relu_8_bit_multipliers_compute_what_the_graph_says(
+    quotient: float, zero_point: int, slope: float
+) -> None:
+    before, behind = Range(0.05, 7), Range(0.05 / quotient, zero_point)
+    found = share_grid(before, behind, slope)
+    assert found.scale == pytest.approx(behind.scale, rel=0.031)
+    codes = np.arange(LOW, HIGH + 1)
+    scale = before.scale / found.scale
+    multiplier = np.where(codes < before.zero_point, np.rint(256 * scale * slope), np.rint(256 * scale))
+    kernel = np.clip(((codes - before.zero_point) * multiplier + 128) // 256 + found.zero_point, LOW, HIGH)
+    values = (codes - before.zero_point) * before.scale
+    said = np.where(values < 0, slope * values, values) / found.scale
+    exact = np.abs(said - np.floor(said) - 0.5) > 1e-4  # halves may fall to either side
+    np.testing.assert_array_equal(kernel[exact], np.clip(np.rint(said) + found.zero_point, LOW, HIGH)[exact])
+
+
+def test_a_range_far_coarser_than_the_one_before_a_leaky_relu_stays() -> None:
+    assert share_grid(Range(1e-6, 0), Range(1.0, 5), 0.1) == Range(1.0, 5)
