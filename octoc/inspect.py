@@ -120,7 +120,7 @@ def inspect_model(
         data: samples that give the shapes of a factory's inputs.
         shapes: or these shapes themselves, one for each input, samples first: "1,3,32,32".
         devices: profile ids.
-        activations: "float" or "int8"; None means floats, and int8 where the device runs nothing else.
+        activations: "float", "int8" or "int8-all"; None means floats, and int8 where the device runs nothing else.
         devices_file: further device profiles.
 
     Raises:
@@ -146,7 +146,7 @@ def inspect_model(
     for device in chosen:
         fmt = device.formats[0]
         wanted = activations or ("int8" if runs_only_int8(device, fmt) else "float")
-        dtype = "int8" if wanted == "int8" else _FLOAT.get(fmt, "float32")
+        dtype = "int8" if wanted != "float" else _FLOAT.get(fmt, "float32")
         runners = device.runners(fmt)
         name = runners[0].name if runners else None
         refused = fallbacks(folded, device, fmt, dtype)

@@ -15,6 +15,9 @@ from octoc.quantize import encoder
 from octoc.recipe import Recipe, read_recipe
 from octoc.units import parse_seconds, parse_size
 
+# int8 leaves a start in floats where that pays (octoc/quantize/start.py), int8-all does not.
+ACTIVATIONS = ("float", "int8", "int8-all")
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -100,8 +103,8 @@ def parse_options(
         UsageError: a value cannot be meant, or would be ignored beside another.
         ArtifactError: the proof beside the recipe is damaged.
     """
-    if activations not in (None, "float", "int8"):
-        raise UsageError(f"activations {activations!r}: choose float or int8")
+    if activations not in (None, *ACTIVATIONS):
+        raise UsageError(f"activations {activations!r}: choose {', '.join(ACTIVATIONS)}")
     if bits is not None and not 1 <= bits <= 8:
         raise UsageError(f"--bits {bits}: codes have 1 to 8 bits")
     if group_size is not None and group_size < 1:

@@ -89,7 +89,8 @@ def compress_model(
         method: how weights are encoded, a file of octoc/quantize/ such as "gptq" or "rtn"; where None, GPTQ up to 4
             bits and the usual method above.
         sensitivity: `sensitivity.json` of an earlier run on this network, in place of measuring.
-        activations: "float" or "int8"; None means floats, and int8 where the device runs nothing else.
+        activations: "float", "int8" (what can runs in integers; a start of the network stays in floats where int8 would
+            cost most and gain least) or "int8-all"; None means floats, and int8 where the device runs nothing else.
         recover: time to train the compressed network towards the original's outputs, seconds or text such as "15min";
             "none" or None trains nothing. Calibration samples are learned from, without labels.
         sparsity: fraction of weights that magnitude pruning sets to zero.
@@ -157,7 +158,8 @@ def compress_model(
             outputs=outputs,
             options=options,
             clock=clock,
-            floats=not any(runs_only_int8(job.device, job.format) for job in jobs),
+            floats=options.activations != "int8-all"
+            and not any(runs_only_int8(job.device, job.format) for job in jobs),
         )
         make = plan_only if dry_run else build
         artifacts, failures = _each(jobs, lambda job: make(job, shared, work, Path(out)))

@@ -58,7 +58,7 @@ class Shared:
     outputs: Sequence[Array]
     options: Options
     clock: Clock
-    floats: bool  # every device of the run computes in floats too
+    floats: bool  # a part of the network may compute in floats: every device can, and the user did not say int8-all
     bases: dict[tuple[str, str], Any] = field(default_factory=dict)
     encoders: dict[str, Encoder] = field(default_factory=dict)
     calibrated: tuple[Equalize | QuantizeActivations, ...] = ()

@@ -45,7 +45,7 @@ class Workbench:
     def __init__(self, job: Job, shared: Shared, work: Path) -> None:
         self.job, self.shared, self.options, self.clock = job, shared, shared.options, shared.clock
         self.writer: Exporter = exporter(job.format)
-        self.wants_int8 = shared.options.activations == "int8" or (
+        self.wants_int8 = shared.options.activations in ("int8", "int8-all") or (
             shared.options.activations is None and runs_only_int8(job.device, job.format)
         )
         self.model, self.activation_steps = shared.activated(self.wants_int8)

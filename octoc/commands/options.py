@@ -32,8 +32,8 @@ weights_file = click.option(
 )
 activations = click.option(
     "--activations",
-    type=click.Choice(["float", "int8"]),
-    help="Default: float, and int8 where the device runs nothing else.",
+    type=click.Choice(["float", "int8", "int8-all"]),
+    help="int8 leaves a start in floats where that pays, int8-all none. Default: float, or what the device runs.",
 )
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 
