@@ -112,7 +112,7 @@ def test_a_run_ends_with_0_and_json_alone_on_stdout(work: Work) -> None:
 
 
 def test_nothing_temporary_stays_after_a_run(work: Work) -> None:
-    assert sorted(path.name for path in work.out.iterdir()) == [DEVICE, "report.html", "report.json"]
+    assert sorted(path.name for path in work.out.iterdir()) == [DEVICE, "report.html", "report.json", "sensitivity.json"]
 
 
 def test_a_recipe_rebuilds_the_same_bytes_and_quiet_says_nothing(work: Work) -> None:
