@@ -17,7 +17,7 @@ from octoc.errors import UsageError
 from octoc.graph import bias_of, fold_batch_norm
 from octoc.hessian import Hessian
 from octoc.model import Layer, Model
-from octoc.qtensor import Affine, Palette, QTensor, Scheme, Sparse
+from octoc.qtensor import Affine, Codebook, Palette, QTensor, Scheme, Sparse
 from octoc.quantize import bias, encode
 from octoc.quantize import equalize as equalization
 from octoc.quantize.activations import (
@@ -173,9 +173,13 @@ def unlike(tensor: QTensor, layer: Layer, scheme: Scheme, dtype: str) -> str | N
         return f"holds it with shape {list(tensor.shape)}, not {list(layer.shape)}"
     dense = tensor.dense if isinstance(tensor, Sparse) else tensor
     kind, sparse = type(dense).__name__.lower(), isinstance(tensor, Sparse)
+    if isinstance(dense, Affine) and dense.zero_point is not None:
+        kind = "asymmetric"
     if (kind, dense.bits, sparse) != (scheme.kind, scheme.bits, scheme.sparse):
         return f"holds it as {kind} of {dense.bits} bits{' with a mask' if sparse else ''}"
-    if isinstance(dense, Affine):
+    if isinstance(dense, Codebook) and dense.table.shape[1] != scheme.vector:
+        return f"holds it in vectors of {dense.table.shape[1]}"
+    if isinstance(dense, Affine | Codebook):
         grid, stored = dense.scale.shape, dense.scale.dtype
     elif isinstance(dense, Palette):
         grid, stored = dense.table.shape[:-1], dense.table.dtype

@@ -6,6 +6,7 @@ and compares bit for bit. Numpy only.
 
     Affine    (codes - zero_point) * scale        integers, scale per tensor, channel, group or block
     Palette   table[codes]                        a look-up table per tensor or per group of channels
+    Codebook  table[codes] * scale                one look-up table of numbers or vectors, scales as in Affine
     Cast      the weight in float16
     Sparse    zeros where mask is False, any of the above elsewhere
 
@@ -22,11 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octoc.errors import ArtifactError, UsageError
+from octoc.packing import packed_bytes
 
 Array = NDArray[Any]
 
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
-_PIECE = 1 << 20  # codes packed at a time: unpacked bits take a byte each; a multiple of 8
+
+# How the text of a scheme begins, by its kind.
+_HEADS = {"affine": "int", "asymmetric": "uint", "palette": "palette", "codebook": "codebook"}
+_KINDS = {head: kind for kind, head in _HEADS.items()}
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,14 @@ class Scheme:
     """How a weight is to be stored.
 
     Args:
-        kind: "affine", "palette" or "cast".
+        kind: "affine", "asymmetric" (affine, unsigned codes with a zero point beside each scale), "palette",
+            "codebook" or "cast".
         bits: width of a code; 16 for "cast".
         granularity: what shares one scale or table: "tensor", "channel" (one output channel) or "group".
-        group_size: affine: neighbouring input channels that share a scale; palette: neighbouring output channels
-            that share a table. 0 where granularity is not "group".
-        sparse: zeros are stored as a bit mask and cost no code.
+        group_size: palette: neighbouring output channels that share a table; otherwise neighbouring input channels
+            that share a scale. 0 where granularity is not "group".
+        sparse: zeros are stored as a bit mask and cost no code; not for "codebook".
+        vector: codebook: neighbouring input channels that share a code; 1 otherwise.
     """
 
     kind: str
@@ -47,12 +54,13 @@ class Scheme:
     granularity: str = "tensor"
     group_size: int = 0
     sparse: bool = False
+    vector: int = 1
 
     def __str__(self) -> str:
         tail = "-sparse" if self.sparse else ""
         if self.kind == "cast":
             return "float16" + tail
-        head = f"int{self.bits}" if self.kind == "affine" else f"palette{self.bits}"
+        head = f"{_HEADS[self.kind]}{self.bits}{f'x{self.vector}' if self.vector > 1 else ''}"
         return f"{head}-{self.granularity}{self.group_size or ''}{tail}"
 
     @classmethod
@@ -62,16 +70,19 @@ class Scheme:
         core = text.removesuffix("-sparse")
         if core == "float16":
             return cls("cast", 16, sparse=sparse)
-        match = re.fullmatch(r"(int|palette)(\d+)-(tensor|channel|group)(\d*)", core)
-        if match is None or (match[3] == "group") != bool(match[4]):
+        match = re.fullmatch(r"(int|uint|palette|codebook)(\d+)(?:x(\d+))?-(tensor|channel|group)(\d*)", core)
+        if match is None or (match[4] == "group") != bool(match[5]):
             raise UsageError(
                 f"{text!r} is no weight encoding; examples: float16, int8-channel, int4-group32, palette4-tensor"
             )
-        kind = "affine" if match[1] == "int" else "palette"
-        bits = int(match[2])
+        kind, bits, vector = _KINDS[match[1]], int(match[2]), int(match[3] or 1)
         if bits not in (PALETTE_BITS if kind == "palette" else range(2, 9)):
             raise UsageError(f"{text!r}: no {match[1]} encoding of {bits} bits")
-        return cls(kind, bits, match[3], int(match[4] or 0), sparse)
+        if vector not in ((1, 2) if kind == "codebook" else (1,)):
+            raise UsageError(f"{text!r}: no {match[1]} encoding of vectors of {vector}")
+        if sparse and kind == "codebook":
+            raise UsageError(f"{text!r}: a codebook has no sparse form")
+        return cls(kind, bits, match[4], int(match[5] or 0), sparse, vector)
 
     def unfit(self, shape: tuple[int, ...], axis: int) -> str | None:
         """Why a weight of this shape cannot be stored so, or None.
@@ -80,6 +91,11 @@ class Scheme:
             shape: the weight's shape.
             axis: its output-channel axis, 0 or 1.
         """
+        if self.vector > 1 and (len(shape) < 2 or shape[1 - axis] % self.vector):
+            count = shape[1 - axis] if len(shape) > 1 else 1
+            return f"{count} input channels are not a multiple of vectors of {self.vector}"
+        if self.granularity == "group" and self.group_size % self.vector:
+            return f"groups of {self.group_size} are not a multiple of vectors of {self.vector}"
         if self.kind == "cast" or self.granularity != "group":
             return None
         grouped = axis if self.kind == "palette" else 1 - axis
@@ -120,53 +136,6 @@ def expand(grid: Array, shape: tuple[int, ...]) -> Array:
         if grid.shape[i] not in (1, size):
             grid = np.repeat(grid, size // grid.shape[i], axis=i)
     return np.broadcast_to(grid, shape)
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take when packed without gaps."""
-    return -(-count * bits // 8)
-
-
-def pack_codes(codes: Array, bits: int) -> Array:
-    """Codes without gaps: uint8 [packed_bytes(codes.size, bits)].
-
-    Each code follows the one before from the least significant bit of a byte on, across bytes; what is left of the last
-    byte is zero. ONNX, TFLite and MIL all store codes so.
-
-    Args:
-        codes: integers of one byte, of any shape; the low `bits` bits of each are stored.
-        bits: width of a code, 1 to 8.
-    """
-    low = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
-    packed = np.empty(packed_bytes(low.size, bits), np.uint8)
-    for start in range(0, low.size, _PIECE):
-        each = np.unpackbits(low[start : start + _PIECE, None], axis=1, bitorder="little", count=bits)  # [codes, bits]
-        piece = np.packbits(each, bitorder="little")
-        first = start * bits // 8
-        packed[first : first + piece.size] = piece
-    return packed
-
-
-def unpack_codes(packed: Array, count: int, bits: int, signed: bool) -> Array:
-    """The inverse of `pack_codes`: int8 (signed) or uint8 [count].
-
-    Raises:
-        ArtifactError: the bytes are not those of `count` codes.
-    """
-    if packed.size != packed_bytes(count, bits):
-        raise ArtifactError(f"{packed.size} bytes cannot hold {count} codes of {bits} bits")
-    codes = np.empty(count, np.uint8)
-    for start in range(0, count, _PIECE):
-        number = min(_PIECE, count - start)
-        first = start * bits // 8
-        piece = packed[first : first + packed_bytes(number, bits)]
-        each = np.unpackbits(piece, bitorder="little", count=number * bits).reshape(number, bits)
-        codes[start : start + number] = np.packbits(each, axis=1, bitorder="little").reshape(-1)
-    if not signed:
-        return codes
-    spare = 8 - bits
-    extended: Array = (codes << spare).view(np.int8) >> spare
-    return extended
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +214,44 @@ class Palette:
 
 
 @dataclass(frozen=True, eq=False)
+class Codebook:
+    """Indices into one table of numbers or short vectors, times a scale.
+
+    Args:
+        codes: uint8, one index for `length` neighbours along `axis`: the weight's shape, that axis divided by it.
+        table: float32 or float16 [2**bits, length].
+        scale: the table's dtype, the weight's rank, tiles the weight; all elements of a vector share one.
+        bits: width of an index, at most 8.
+        axis: along which the vectors lie.
+    """
+
+    codes: Array
+    table: Array
+    scale: Array
+    bits: int
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = list(self.codes.shape)
+        sizes[self.axis] *= self.table.shape[1]
+        return tuple(sizes)
+
+    def dequantize(self) -> Array:
+        """float32 of the weight's shape; the product is rounded to the scale's dtype."""
+        entries = np.moveaxis(self.table[self.codes], -1, self.axis + 1).reshape(self.shape)
+        return (entries * expand(self.scale, self.shape)).astype(np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of indices, table and scales in a file."""
+        return packed_bytes(self.codes.size, self.bits) + self.table.nbytes + self.scale.nbytes
+
+    def arrays(self) -> dict[str, Array]:
+        return {"codes": self.codes, "table": self.table, "scale": self.scale}
+
+
+@dataclass(frozen=True, eq=False)
 class Cast:
     """The weight in float16.
 
@@ -306,7 +313,9 @@ class Sparse:
         return {"mask": self.mask, **self.dense.arrays()}
 
 
-QTensor = Affine | Palette | Cast | Sparse
+QTensor = Affine | Palette | Codebook | Cast | Sparse
+
+_CLASSES: dict[str, Any] = {"affine": Affine, "palette": Palette, "codebook": Codebook, "cast": Cast}
 
 
 def describe(tensor: QTensor) -> dict[str, Any]:
@@ -316,6 +325,8 @@ def describe(tensor: QTensor) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": type(tensor).__name__.lower(), "bits": tensor.bits}
     if isinstance(tensor, Affine):
         facts["signed"] = tensor.signed
+    if isinstance(tensor, Codebook):
+        facts["axis"] = tensor.axis
     return facts
 
 
@@ -325,11 +336,11 @@ def rebuild(facts: dict[str, Any], arrays: dict[str, Array]) -> QTensor:
     try:
         if facts.pop("sparse", False):
             inner = rebuild(facts, {k: v for k, v in arrays.items() if k != "mask"})
-            if isinstance(inner, Sparse):
-                raise ArtifactError("a sparse tensor cannot hold another")
+            if isinstance(inner, Sparse | Codebook):
+                raise ArtifactError(f"a sparse tensor cannot hold a {type(inner).__name__.lower()}")
             return Sparse(arrays["mask"], inner)
         kind = facts.pop("kind")
-        built: QTensor = {"affine": Affine, "palette": Palette, "cast": Cast}[kind](**arrays, **facts)
+        built: QTensor = _CLASSES[kind](**arrays, **facts)
         return built
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"compressed tensor {facts} with parts {sorted(arrays)} cannot be read: {error}") from error

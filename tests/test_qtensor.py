@@ -10,20 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octoc.errors import ArtifactError, UsageError
+from octoc.packing import pack_codes, packed_bytes, unpack_codes
 from octoc.qtensor import (
     PALETTE_BITS,
     Affine,
     Cast,
+    Codebook,
     Palette,
     Scheme,
     Sparse,
     describe,
     difference,
     expand,
-    pack_codes,
-    packed_bytes,
     rebuild,
-    unpack_codes,
 )
 
 SHAPE = (4, 6, 3)
@@ -32,12 +31,14 @@ SHAPE = (4, 6, 3)
 @st.composite
 def schemes(draw):
     sparse = draw(st.booleans())
-    kind = draw(st.sampled_from(["affine", "palette", "cast"]))
+    kind = draw(st.sampled_from(["affine", "asymmetric", "palette", "codebook", "cast"]))
     if kind == "cast":
         return Scheme("cast", 16, sparse=sparse)
     bits = draw(st.sampled_from(PALETTE_BITS) if kind == "palette" else st.integers(2, 8))
     granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
     size = draw(st.integers(1, 512)) if granularity == "group" else 0
+    if kind == "codebook":
+        return Scheme(kind, bits, granularity, size, vector=draw(st.sampled_from([1, 2])))
     return Scheme(kind, bits, granularity, size, sparse)
 
 
@@ -47,7 +48,7 @@ def tensors(draw):
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     dtype = draw(st.sampled_from(["float32", "float16"]))
     grid = draw(st.sampled_from([(1, 1, 1), (4, 1, 1), (4, 3, 1), (2, 2, 3)]))
-    kind = draw(st.sampled_from(["affine", "unsigned", "palette", "cast"]))
+    kind = draw(st.sampled_from(["affine", "unsigned", "palette", "codebook", "cast"]))
     if kind == "affine":
         bits = draw(st.integers(2, 8))
         codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), SHAPE).astype(np.int8)
@@ -60,6 +61,11 @@ def tensors(draw):
         bits = draw(st.sampled_from(PALETTE_BITS))
         codes = rng.integers(0, 2**bits, SHAPE).astype(np.uint8)
         dense = Palette(codes, rng.standard_normal((*grid, 2**bits)).astype(dtype), bits)
+    elif kind == "codebook":
+        bits, length = draw(st.integers(2, 8)), draw(st.sampled_from([1, 2]))
+        codes = rng.integers(0, 2**bits, (4, 6 // length, 3)).astype(np.uint8)
+        table = rng.standard_normal((2**bits, length)).astype(dtype)
+        return Codebook(codes, table, rng.uniform(0.1, 1, grid).astype(dtype), bits, 1)
     else:
         dense = Cast(rng.standard_normal(SHAPE).astype(np.float16))
     return Sparse(rng.uniform(size=SHAPE) < 0.5, dense) if draw(st.booleans()) else dense
@@ -75,6 +81,14 @@ def test_a_scheme_is_what_its_text_says(scheme):
     ["int1-tensor", "int9-tensor", "palette5-tensor", "int4", "int4-group", "int4-channel8", "float32", "", "int4-"],
 )
 def test_what_is_no_scheme_is_refused_with_its_text(text):
+    with pytest.raises(UsageError, match=repr(text)):
+        Scheme.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["codebook4-tensor-sparse", "codebook4x3-tensor", "int4x2-channel", "uint9-tensor", "uint1-channel"]
+)
+def test_codebooks_are_dense_of_short_vectors_and_other_codes_stand_for_one_weight(text):
     with pytest.raises(UsageError, match=repr(text)):
         Scheme.parse(text)
 
@@ -145,7 +159,8 @@ def test_parts_that_do_not_belong_together_are_an_error():
 def test_bytes_are_those_of_packed_codes_and_of_what_goes_with_them(tensor):
     arrays = dict(tensor.arrays())
     mask = arrays.pop("mask", np.ones(SHAPE, np.bool_))
-    stored = "".join(format(0, f"0{tensor.bits}b") for _ in range(int(mask.sum())))
+    count = tensor.codes.size if isinstance(tensor, Codebook) else int(mask.sum())
+    stored = "".join(format(0, f"0{tensor.bits}b") for _ in range(count))
     expected = -(-len(stored) // 8) + (9 if isinstance(tensor, Sparse) else 0)  # 72 elements: 9 bytes of mask
     for name, array in arrays.items():
         if name in ("scale", "table"):
@@ -221,7 +236,7 @@ def test_packed_codes_stand_bit_after_bit_and_unpack_again(bits: int, signed: bo
 def test_pieces_of_a_large_array_meet_without_a_gap(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = np.random.default_rng(0).integers(0, 2**bits, (5, 21)).astype(np.uint8)
     packed = pack_codes(codes, bits)
-    monkeypatch.setattr("octoc.qtensor._PIECE", 8)
+    monkeypatch.setattr("octoc.packing._PIECE", 8)
     np.testing.assert_array_equal(pack_codes(codes.T.copy().T, bits), packed)
     np.testing.assert_array_equal(unpack_codes(packed, 105, bits, False), codes.reshape(-1))
 

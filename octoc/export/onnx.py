@@ -59,7 +59,7 @@ class Base:
 
 def accepts(scheme: Scheme, layer: Layer, integer: bool) -> str | None:
     """Why ONNX cannot hold the weight so, or None."""
-    if scheme.kind == "palette":
+    if scheme.kind in ("palette", "codebook"):
         return "ONNX holds no look-up tables"
     if scheme.sparse:
         return "zeros save no bytes in ONNX"
@@ -67,9 +67,9 @@ def accepts(scheme: Scheme, layer: Layer, integer: bool) -> str | None:
         return f"onnxruntime runs no {layer.kind} in integers"
     if integer and (scheme.kind != "affine" or scheme.bits != 8 or scheme.granularity == "group"):
         return "an integer operation takes 8-bit weights with one scale per channel or tensor"
-    if scheme.kind == "affine" and scheme.bits not in (2, 4, 8):
+    if scheme.kind != "cast" and scheme.bits not in (2, 4, 8):
         return f"ONNX has no {scheme.bits}-bit integers"
-    if scheme.kind == "affine" and scheme.bits == 2 and len(layer.shape) == 2 and layer.shape[layer.axis] % 4:
+    if scheme.bits == 2 and len(layer.shape) == 2 and layer.shape[layer.axis] % 4:
         return f"onnxruntime 1.32 computes 2-bit products of {layer.shape[layer.axis]} outputs wrong: no multiple of 4"
     return scheme.unfit(layer.shape, layer.axis)
 

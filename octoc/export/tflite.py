@@ -69,9 +69,9 @@ def accepts(scheme: Scheme, layer: Layer, integer: bool) -> str | None:
     """
     if scheme.sparse:
         return "zeros save no bytes in TFLite"
-    if scheme.kind == "palette":
+    if scheme.kind in ("palette", "codebook"):
         return "TFLite has no look-up tables for weights"
-    if scheme.kind == "affine" and scheme.bits not in weights.CODE_TYPES:
+    if scheme.kind != "cast" and scheme.bits not in weights.CODE_TYPES:
         return f"TFLite stores codes of 2, 4 or 8 bits, not {scheme.bits}"
     if integer and layer.kind not in _INTEGER_KINDS:
         return f"TFLite has no integer kernel for a weight of kind {layer.kind}"

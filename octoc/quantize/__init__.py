@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 
 from octoc.errors import DataError, ModelError, UsageError
 from octoc.hessian import Hessian
-from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Scheme, Sparse
+from octoc.qtensor import Affine, Array, Cast, Codebook, Palette, QTensor, Scheme, Sparse
 
 DTYPES = ("float32", "float16")
 
+_PIECE = 1 << 16  # elements that stay in the cache
+
 # The method that encodes a kind of scheme where nothing else is asked for.
-_USUAL = {"affine": "rtn", "palette": "palette", "cast": "cast"}
+_USUAL = {"affine": "rtn", "asymmetric": "hqq", "palette": "palette", "codebook": "higgs", "cast": "cast"}
 
 
 class Encoder(Protocol):
@@ -40,7 +42,7 @@ class Encoder(Protocol):
 
     def encode(
         self, weight: Array, scheme: Scheme, axis: int, *, dtype: str, importance: Array | None, **statistics: Any
-    ) -> Affine | Palette | Cast: ...
+    ) -> Affine | Palette | Codebook | Cast: ...
 
 
 def encoders() -> tuple[str, ...]:
@@ -98,20 +100,28 @@ def encode(
     if "hessian" in chosen.NEEDS and hessian is None:
         raise UsageError(f"{name} needs the Hessian of the layer, which calibration samples give")
     weight = np.asarray(weight, np.float32)
-    bad = int(np.count_nonzero(~np.isfinite(weight)))
-    if bad:
+    if not np.isfinite(largest(weight)):
+        bad = int(np.count_nonzero(~np.isfinite(weight)))
         raise ModelError(f"{bad} of {weight.size} weights are NaN or infinite")
-    mask = weight != 0
     grid = scheme.grid(weight.shape, axis)
-    if importance is not None:
-        importance = _checked(importance, weight.shape)
-    if scheme.sparse:
-        importance = mask.astype(np.float32) if importance is None else importance * mask
-    if importance is not None:
-        importance = _never_void(importance, mask, grid)
+    counts = _counts(weight, scheme, importance, grid)
     statistics = {"hessian": hessian} if "hessian" in chosen.NEEDS else {}
-    dense = chosen.encode(weight, replace(scheme, sparse=False), axis, dtype=dtype, importance=importance, **statistics)
-    return Sparse(mask, _zero_outside(dense, mask)) if scheme.sparse else dense
+    dense = chosen.encode(weight, replace(scheme, sparse=False), axis, dtype=dtype, importance=counts, **statistics)
+    if not scheme.sparse:
+        return dense
+    if isinstance(dense, Codebook):
+        raise UsageError(f"{scheme}: a codebook has no sparse form")
+    mask = weight != 0
+    return Sparse(mask, _zero_outside(dense, mask))
+
+
+def _counts(weight: Array, scheme: Scheme, importance: Array | None, grid: tuple[int, ...]) -> Array | None:
+    """How much the error of each element counts, None where all count alike."""
+    if importance is None and not scheme.sparse:
+        return None
+    mask = weight != 0
+    counts: Array = np.ones(weight.shape, np.float32) if importance is None else _checked(importance, weight.shape)
+    return _never_void(counts * mask if scheme.sparse else counts, mask, grid)
 
 
 def _checked(importance: Array, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -148,10 +158,18 @@ def require(scheme: Scheme, kinds: tuple[str, ...], weight: Array, dtype: str) -
         raise UsageError(f"{scheme} is no {' or '.join(kinds)} encoding")
     if dtype not in DTYPES:
         raise UsageError(f"scales and tables are {' or '.join(DTYPES)}, not {dtype}")
-    largest = float(np.abs(weight).max(initial=0))
-    limit = float(np.finfo(dtype).max)
-    if largest > limit:
-        raise ModelError(f"the largest weight is {largest:g}; {dtype} holds at most {limit:g}")
+    most, limit = largest(weight), float(np.finfo(dtype).max)
+    if most > limit:
+        raise ModelError(f"the largest weight is {most:g}; {dtype} holds at most {limit:g}")
+
+
+def largest(weight: Array) -> float:
+    """The largest magnitude, NaN where there is one; a piece at a time, so that memory is read once and none taken."""
+    flat, found = weight.reshape(-1), np.float32(0)
+    for start in range(0, flat.size, _PIECE):
+        piece = flat[start : start + _PIECE]
+        found = np.maximum(found, np.maximum(piece.max(), -piece.min()))
+    return float(found)
 
 
 def to_rows(weight: Array, grid: tuple[int, ...]) -> Array:

@@ -19,7 +19,8 @@ from octoc.export import onnx as exporter
 from octoc.graph import fold_batch_norm
 from octoc.load.module import from_module
 from octoc.model import KINDS, Layer, Model
-from octoc.qtensor import Affine, Cast, Palette, QTensor, Scheme, Sparse, difference, expand, pack_codes
+from octoc.packing import pack_codes
+from octoc.qtensor import Affine, Cast, Palette, QTensor, Scheme, Sparse, difference, expand
 from octoc.quantize.activations import calibrate, encode_bias, integer_layers, rewrite
 from octoc.runtime import onnx as runtime
 from tests.networks import trained_resnet20

@@ -10,7 +10,7 @@ import pytest
 
 from octoc.errors import DataError, ModelError, UsageError
 from octoc.hessian import Hessian
-from octoc.qtensor import Affine, Palette, Scheme, Sparse, difference
+from octoc.qtensor import Affine, Codebook, Palette, Scheme, Sparse, difference
 from octoc.quantize import encode, encoder, encoders, from_rows, to_rows
 
 SCHEMES = {
@@ -23,10 +23,24 @@ SCHEMES = {
         "int8-channel",
         "int8-group2",
     ],
+    "asymmetric": ["uint2-tensor", "uint3-channel", "uint4-group4", "uint5-tensor", "uint8-channel", "uint8-group2"],
     "palette": ["palette1-tensor", "palette2-group2", "palette3-channel", "palette4-tensor", "palette8-tensor"],
+    "codebook": [
+        "codebook2-tensor",
+        "codebook3-channel",
+        "codebook4-group4",
+        "codebook4x2-group2",
+        "codebook8x2-channel",
+    ],
     "cast": ["float16"],
 }
-UNFIT = {"affine": ["int4-group5"], "palette": ["palette4-group5"], "cast": []}
+UNFIT = {
+    "affine": ["int4-group5"],
+    "asymmetric": ["uint4-group5"],
+    "palette": ["palette4-group5"],
+    "codebook": ["codebook4-group5", "codebook4x2-group1"],
+    "cast": [],
+}
 CASES = [(name, text) for name in encoders() for kind in encoder(name).ENCODES for text in SCHEMES[kind]]
 DTYPES = ["float32", "float16"]
 
@@ -70,7 +84,8 @@ def stored_as(name, text, weight, dtype):
 def bound(scheme, weight, dtype):
     """Largest error [weight's shape] that rounding at min-max's step may leave, plus what the dtype takes."""
     peak = np.abs(weight).max()
-    relative = 0.0 if scheme.kind == "cast" else 0.5 / (2 ** (scheme.bits - 1) - 1) if scheme.bits > 1 else 1.0
+    bits = scheme.bits // scheme.vector
+    relative = 0.0 if scheme.kind == "cast" else 0.5 / (2 ** (bits - 1) - 1) if bits > 1 else 1.0
     info = np.finfo("float16" if scheme.kind == "cast" else dtype)
     return peak * (relative + 2 * float(info.eps)) + float(info.smallest_normal)
 
@@ -81,8 +96,8 @@ def bound(scheme, weight, dtype):
 def test_any_finite_weight_is_stored_finite_near_and_twice_the_same(name, text, case, dtype):
     weight, scheme = WEIGHTS[case], Scheme.parse(text)
     narrow = dtype == "float16" or scheme.kind == "cast"
-    if case == "huge" and narrow:
-        with pytest.raises(ModelError, match="65504"):
+    if narrow and (case == "huge" or (case.startswith("close") and scheme.vector > 1)):
+        with pytest.raises(ModelError, match="at most"):
             stored_as(name, text, weight, dtype)
         return
     stored = stored_as(name, text, weight, dtype)
@@ -99,17 +114,31 @@ def test_any_finite_weight_is_stored_finite_near_and_twice_the_same(name, text, 
 def test_codes_keep_to_their_bits_and_scales_are_normal_numbers(name, text, dtype):
     scheme = Scheme.parse(text)
     for case, weight in WEIGHTS.items():
-        if case == "huge" and (dtype == "float16" or scheme.kind == "cast"):
+        narrow = dtype == "float16" or scheme.kind == "cast"
+        if narrow and (case == "huge" or (case.startswith("close") and scheme.vector > 1)):
             continue
         stored = stored_as(name, text, weight, dtype)
         assert stored.bits == scheme.bits
         if isinstance(stored, Affine):
-            assert stored.codes.dtype == np.int8
-            assert stored.codes.min() >= -(2 ** (scheme.bits - 1))
-            assert stored.codes.max() < 2 ** (scheme.bits - 1)
+            least = -(2 ** (scheme.bits - 1)) if scheme.kind == "affine" else 0
+            assert stored.codes.dtype == (np.int8 if stored.signed else np.uint8)
+            assert stored.signed == (scheme.kind == "affine")
+            assert stored.codes.min() >= least
+            assert stored.codes.max() < 2**scheme.bits + least
+            if not stored.signed:
+                assert stored.zero_point.dtype == np.uint8
+                assert stored.zero_point.shape == stored.scale.shape
+                assert stored.zero_point.max() < 2**scheme.bits
             assert stored.scale.dtype == dtype
             assert stored.scale.shape == scheme.grid(weight.shape, 0)
             assert (np.abs(stored.scale) >= np.finfo(dtype).smallest_normal).all()
+        if isinstance(stored, Codebook):
+            assert stored.codes.dtype == np.uint8
+            assert stored.codes.max() < 2**scheme.bits
+            assert stored.table.dtype == stored.scale.dtype == dtype
+            assert stored.table.shape == (2**scheme.bits, scheme.vector)
+            assert stored.scale.shape == scheme.grid(weight.shape, 0)
+            assert (stored.scale >= np.finfo(dtype).smallest_normal).all()
         if isinstance(stored, Palette):
             assert stored.codes.dtype == np.uint8
             assert stored.codes.max() < 2**scheme.bits
@@ -122,6 +151,8 @@ def test_more_bits_never_lose_more(name, kind):
     weight = np.random.default_rng(1).standard_normal((16, 24)).astype(np.float32)
     choices = {
         "affine": [f"int{bits}-channel" for bits in range(2, 9)],
+        "asymmetric": [f"uint{bits}-channel" for bits in range(2, 9)],
+        "codebook": [f"codebook{bits}-channel" for bits in range(2, 8)],
         "palette": [f"palette{bits}-group4" for bits in (1, 2, 3, 4, 6, 8)],
         "cast": ["float16"],
     }[kind]
@@ -142,7 +173,7 @@ def test_unfit_schemes_and_other_kinds_are_refused(name):
             stored_as(name, SCHEMES[kind][0], weight, "bfloat16")
 
 
-@pytest.mark.parametrize("text", [text for texts in SCHEMES.values() for text in texts])
+@pytest.mark.parametrize("text", [text for kind, texts in SCHEMES.items() if kind != "codebook" for text in texts])
 def test_sparse_is_dense_with_zeros_kept_and_no_codes_for_them(text):
     weight = np.where(np.random.default_rng(2).uniform(size=(6, 8, 3)) < 0.5, np.float32(0), WEIGHTS["normal"])
     weight[1] = 0

@@ -15,7 +15,7 @@ import numpy as np
 from octoc.errors import ModelError
 from octoc.export.coreml_lowering.fingerprint import Place
 from octoc.export.coreml_lowering.storage import WeightWriter, to_bytes
-from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Sparse
+from octoc.qtensor import Affine, Array, Cast, Codebook, Palette, QTensor, Sparse
 from octoc.runtime.mil.schema import data_type_names, model_class
 
 _FLOATS = {"float16": "FLOAT16", "float32": "FLOAT32"}
@@ -86,6 +86,8 @@ class Encoder:
             lut = place.store(tensor.table)[..., None]
             inputs = {"indices": (place.store(tensor.codes), f"UINT{tensor.bits}"), "lut": (lut, None)}
             return [self._operation("constexpr_lut_to_dense", name, inputs, [(name, self.compute, shape)])]
+        if isinstance(tensor, Codebook):
+            raise ModelError(f"weight {name}: Core ML takes no table with scales beside it from octoc")
         return [self._cast(name, place.store(tensor.values))]
 
     def _cast(self, name: str, values: Array) -> Any:

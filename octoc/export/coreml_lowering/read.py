@@ -15,7 +15,7 @@ import numpy as np
 
 from octoc.errors import ArtifactError
 from octoc.export.coreml_lowering.fingerprint import Place
-from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Sparse, describe
+from octoc.qtensor import Affine, Array, Cast, Codebook, Palette, QTensor, Sparse, describe
 from octoc.runtime.mil.schema import data_type_names, model_class
 from octoc.runtime.mil.storage import DATA_TYPES, WeightFile, immediate_array
 
@@ -56,13 +56,14 @@ def read_package(path: Path) -> dict[str, QTensor]:
 def _restored(tensor: QTensor, place: Place) -> QTensor:
     if isinstance(tensor, Sparse):
         dense = _restored(tensor.dense, place)
-        assert not isinstance(dense, Sparse)
+        assert not isinstance(dense, Sparse | Codebook)
         return Sparse(place.restore(tensor.mask), dense)
     if isinstance(tensor, Affine):
         point = None if tensor.zero_point is None else place.restore(tensor.zero_point)
         return Affine(place.restore(tensor.codes), place.restore(tensor.scale), point, tensor.bits, tensor.signed)
     if isinstance(tensor, Palette):
         return Palette(place.restore(tensor.codes), place.restore(tensor.table), tensor.bits)
+    assert isinstance(tensor, Cast)
     return Cast(place.restore(tensor.values))
 
 

@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from octoc.qtensor import Array, pack_codes
+from octoc.packing import pack_codes
+from octoc.qtensor import Array
 
 _ALIGNMENT = 64
 

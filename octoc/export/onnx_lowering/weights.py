@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from octoc.errors import ArtifactError
-from octoc.qtensor import Affine, Cast, QTensor, describe, pack_codes, rebuild, unpack_codes
+from octoc.packing import pack_codes, unpack_codes
+from octoc.qtensor import Affine, Cast, QTensor, describe, rebuild
 
 Array = NDArray[Any]
 

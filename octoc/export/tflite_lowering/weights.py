@@ -24,7 +24,8 @@ from ai_edge_litert import schema_py_generated as schema
 
 from octoc.errors import ArtifactError, ModelError
 from octoc.export.tflite_lowering.flat import Grid, Operation, Value, constant, is_identity, operation
-from octoc.qtensor import Affine, Array, Cast, QTensor, describe, pack_codes, rebuild, unpack_codes
+from octoc.packing import pack_codes, unpack_codes
+from octoc.qtensor import Affine, Array, Cast, QTensor, describe, rebuild
 
 CODE_TYPES = {8: schema.TensorType.INT8, 4: schema.TensorType.INT4, 2: schema.TensorType.INT2}
 _DEQUANTIZE_VERSION = {8: 5, 4: 6, 2: 6}
