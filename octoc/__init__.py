@@ -2,6 +2,7 @@
 
 octoc.load_model(source)                                      any input -> Model
 octoc.compress_model(module_or_path, devices=[...], data=..., out=...)   -> Report
+octoc.quantize_model(module, bits=4, method=..., calibration_data=...)      -> a network that runs and exports
 octoc.verify_file(path)                                       -> list of checks
 """
 
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "load_model": "octoc.load",
     "compress_model": "octoc.pipeline",
+    "quantize_model": "octoc.quantized",
     "verify_file": "octoc.verify",
     "load_data": "octoc.data",
 }

@@ -33,7 +33,7 @@ FLOORS = (
         "bench",
         "fl_hooks",
     },
-    {"options", "shared", "offering", "workbench", "summary", "artifact", "pipeline"},
+    {"options", "shared", "offering", "workbench", "summary", "artifact", "pipeline", "quantized"},
     {"demo"},
     {"commands", "cli", "__main__"},
 )
