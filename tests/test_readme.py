@@ -42,10 +42,17 @@ def test_the_commands_and_the_python_of_the_readme_run_in_their_order(tmp_path: 
     for command in octoc:
         found = subprocess.run(command, shell=True, cwd=tmp_path, env=given, capture_output=True, text=True)
         assert (found.returncode, found.stderr) == (0, ""), (command, found.stderr)
+    said = []
     for block in blocks("python"):
         found = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=given, capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
-        assert found.stdout.startswith("True ")
+        said.append(found.stdout)
+    held, quantized = said
+    assert held.startswith("True ")
+    bits, quality = map(float, quantized.split())
+    assert 4 < bits < 5
+    assert quality > 99
+    assert (tmp_path / "build/python/digits.onnx").exists()
     assert (tmp_path / "build/demo/report.html").stat().st_size > 10_000
 
 
