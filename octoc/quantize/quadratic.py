@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from octoc.errors import DataError
@@ -150,31 +151,61 @@ def error(rest: Floats, hessian: Floats) -> float:
     return float(np.einsum("gnr,gnr->", rest, hessian @ rest, dtype=np.float64))
 
 
-def succession(hessian: Doubles, order: Ints) -> Floats:
-    """Feedback of GPTQ: with H = U U^T, inputs in their order and U upper triangular, it is U_ij / U_jj for j after i.
-
-    The error is the sum of squares of E^T U, whose column j holds no input after j: rounding in order makes one column
-    after another as small as it can be. That is what GPTQ's updates by the inverse Hessian come to (Chee et al., QuIP,
-    arXiv 2307.13304, theorem 6), for a third of the factorisations.
+def factor(hessian: Doubles, order: Ints) -> Doubles:
+    """U of H = U^T U, where H has its inputs from the last in order to the first.
 
     Args:
         hessian: [groups, width, width], positive definite.
         order: [groups, width] in which inputs are rounded.
 
     Returns:
-        [groups, width, width], in that order: by input that is rounded, then by input whose error it makes up for.
+        [groups, width, width], upper triangular.
 
     Raises:
         DataError: the Hessian is not positive definite.
     """
-    backward = order[:, ::-1]
-    turned = np.take_along_axis(np.take_along_axis(hessian, backward[:, :, None], 1), backward[:, None], 2)
+    turned = np.empty_like(hessian)
+    for group, backward in enumerate(order[:, ::-1]):
+        turned[group] = hessian[group].take(backward, 0).take(backward, 1)
     try:
-        lower = np.linalg.cholesky(turned)
-    except np.linalg.LinAlgError:
+        lower = torch.linalg.cholesky(torch.from_numpy(turned))
+    except torch.linalg.LinAlgError:
         raise DataError("the Hessian is not positive semidefinite: no samples give it") from None
-    scaled = lower / np.einsum("gnn->gn", lower)[:, None]
-    return np.ascontiguousarray(scaled[:, ::-1, ::-1].swapaxes(1, 2), dtype=np.float32)
+    upper: Doubles = lower.mT.contiguous().numpy()
+    return upper
+
+
+def solve(factor: Doubles, order: Ints, right: Doubles) -> Doubles:
+    """X of X H = right.
+
+    Args:
+        factor: of the Hessian in this order.
+        order: [groups, width].
+        right: [groups, rows, width].
+    """
+    backward = np.ascontiguousarray(order[:, ::-1])[:, None]
+    turned = torch.from_numpy(np.take_along_axis(right, backward, 2)).mT
+    found = torch.cholesky_solve(turned, torch.from_numpy(factor), upper=True).mT.numpy()
+    result: Doubles = np.take_along_axis(found, np.argsort(backward, axis=2), 2)
+    return result
+
+
+def succession(factor: Doubles) -> Floats:
+    """Feedback of GPTQ: with H = L L^T, inputs in their order and L upper triangular, it is L_ij / L_jj for j after i.
+
+    The error is the sum of squares of E^T L, whose column j holds no input after j: rounding in order makes one column
+    after another as small as it can be. That is what GPTQ's updates by the inverse Hessian come to (Chee et al., QuIP,
+    arXiv 2307.13304, theorem 6), for a third of the factorisations.
+
+    Args:
+        factor: of `factor`, which is L^T with both axes turned round.
+
+    Returns:
+        [groups, width, width], in order: by input that is rounded, then by input whose error it makes up for.
+    """
+    feedback = np.empty(factor.shape, np.float32)
+    diagonal = np.einsum("gnn->gn", factor)[:, ::-1, None]
+    return np.divide(factor[:, ::-1, ::-1], diagonal, out=feedback, casting="same_kind")
 
 
 def relaxation(hessian: Floats, order: Ints) -> Floats:
@@ -182,7 +213,13 @@ def relaxation(hessian: Floats, order: Ints) -> Floats:
     scaled = hessian / np.einsum("gnn->gn", hessian)[:, :, None]
     width = np.arange(hessian.shape[1])
     scaled[:, width, width] = 0
-    return np.take_along_axis(np.take_along_axis(scaled, order[:, :, None], 1), order[:, None], 2)
+    return np.take_along_axis(_along(scaled, order), order[:, None], 2)
+
+
+def _along(array: Floats, order: Ints) -> Floats:
+    """Inputs [groups, width, ...] in this order."""
+    inputs: Floats = array[np.arange(len(order))[:, None], order]
+    return inputs
 
 
 def sweep(target: Floats, feedback: Floats, grid: Grid, order: Ints, rest: Floats | None = None) -> State:
@@ -196,9 +233,8 @@ def sweep(target: Floats, feedback: Floats, grid: Grid, order: Ints, rest: Float
         rest: target less the values so far; None where nothing is rounded yet.
     """
     nearest = grid.nearest(target.shape[1])
-    along = order[:, :, None]
-    aims = np.take_along_axis(target, along, 1)
-    left = np.zeros_like(aims) if rest is None else np.take_along_axis(rest, along, 1)
+    aims = _along(target, order)
+    left = np.zeros_like(aims) if rest is None else _along(rest, order)
     codes = np.empty_like(aims)
     for start in range(0, target.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -215,8 +251,8 @@ def sweep(target: Floats, feedback: Floats, grid: Grid, order: Ints, rest: Float
                 fresh = aims[:, start + j] - values
                 change[:, j] = fresh - left[:, start + j]
                 left[:, start + j] = fresh
-    back = np.argsort(order, axis=1, kind="stable")[:, :, None]
-    return State(grid, np.take_along_axis(codes, back, 1), np.take_along_axis(left, back, 1))
+    back = np.argsort(order, axis=1)
+    return State(grid, _along(codes, back), _along(left, back))
 
 
 def refit(target: Floats, hessian: Floats, state: State, store: Store) -> State:
