@@ -63,16 +63,16 @@ class _Problem:
 
     Args:
         target: float32 [groups, rows, width].
-        hessian: float64 [groups, width, width], positive definite, mean of the diagonal 1.
+        hessian: float32 [groups, width, width], positive definite, mean of the diagonal 1.
+        succession: its feedback (`quadratic.succession`).
         order: [groups, width] of step 4.
-        factor: of the Hessian in that order (`quadratic.factor`).
         exponent: so that the target is at most about 1.
     """
 
     target: Floats
-    hessian: Doubles
+    hessian: Floats
+    succession: Floats
     order: Ints
-    factor: Doubles
     exponent: int
 
     def wanted(self, shape: tuple[int, ...], dtype: str) -> Array:
@@ -84,7 +84,7 @@ class _Problem:
     def importance(self, shape: tuple[int, ...]) -> Array:
         """The diagonal for each element of such a weight, at most 1."""
         diagonal = np.einsum("gnn->gn", self.hessian)[:, None]
-        return np.broadcast_to((diagonal / diagonal.max()).astype(np.float32), self.target.shape).reshape(shape)
+        return np.broadcast_to(diagonal / diagonal.max(), self.target.shape).reshape(shape)
 
     def compared(self) -> Ints:
         """Output channels that step 6 compares."""
@@ -97,7 +97,7 @@ class _Problem:
         groups, rows, width = self.target.shape
         target = self.target.reshape(groups * rows, width)[self.compared()].reshape(groups, -1, width)
         rest = np.ldexp(decoded.reshape(target.shape), -self.exponent) - target
-        return quadratic.error(rest.swapaxes(1, 2), self.hessian.astype(np.float32))
+        return quadratic.error(rest.swapaxes(1, 2), self.hessian)
 
 
 def encode(
@@ -147,21 +147,22 @@ def _channels_at(stored: Affine | Palette, axis: int) -> Affine | Palette:
 
 
 def _problem(weight: Array, axis: int, hessian: Hessian) -> _Problem:
-    target = hessian.rows(weight, axis)
     matrix, diagonal = hessian.matrix, np.einsum("gnn->gn", hessian.matrix)
     if not np.isfinite(matrix).all() or (diagonal < 0).any():
         raise DataError("the Hessian holds NaN, infinite values, or negative ones on its diagonal")
     mean = diagonal.mean(axis=1)
-    more = np.where(mean > 0, DAMPING * mean, 1)
-    unit = (mean + more).mean()
-    damped = matrix / unit
-    np.einsum("gnn->gn", damped)[...] += more[:, None] / unit
-    order = np.argsort(-np.einsum("gnn->gn", damped), axis=1, kind="stable")
-    factor = quadratic.factor(damped, order)
+    more = np.where(mean > 0, DAMPING * mean, 1)[:, None]
+    unit = (mean[:, None] + more).mean()
+    damped = np.multiply(matrix, 1 / unit, dtype=np.float32, casting="same_kind")
+    np.einsum("gnn->gn", damped)[...] = (diagonal + more) / unit
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    target: Array = hessian.rows(weight, axis, np.float32)
+    factor = quadratic.factor(matrix, more, order)
     if hessian.cross.any():
-        target += TRUST / unit * quadratic.solve(factor, order, hessian.cross)
+        target = target + TRUST * quadratic.solve(factor, order, hessian.cross)
     exponent = int(np.frexp(max(target.max(initial=0), -target.min(initial=0)))[1])
-    return _Problem(np.ldexp(target, -exponent).astype(np.float32), damped, order, factor, exponent)
+    target = np.ldexp(target, -exponent).astype(np.float32, copy=False)
+    return _Problem(target, damped, quadratic.succession(factor), order, exponent)
 
 
 def _fit(problem: _Problem, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> Array:
@@ -232,12 +233,11 @@ def _grid(problem: _Problem, scheme: Scheme, first: Array, dtype: str) -> tuple[
 
 def _descend(problem: _Problem, grid: Grid, store: Store) -> State:
     """Steps 4 and 5."""
-    target, order = np.ascontiguousarray(problem.target.swapaxes(1, 2)), problem.order
-    best = quadratic.sweep(target, quadratic.succession(problem.factor), grid, order)
+    target, hessian, order = np.ascontiguousarray(problem.target.swapaxes(1, 2)), problem.hessian, problem.order
+    best = quadratic.sweep(target, problem.succession, grid, order)
     rounds = min(_ROUNDS, _WORK // max(1, target.size * target.shape[1]))
     if not rounds:
         return best
-    hessian = problem.hessian.astype(np.float32)
     least = quadratic.error(best.rest, hessian)
     feedback = quadratic.relaxation(hessian, order)
     for _ in range(rounds):

@@ -151,24 +151,29 @@ def error(rest: Floats, hessian: Floats) -> float:
     return float(np.einsum("gnr,gnr->", rest, hessian @ rest, dtype=np.float64))
 
 
-def factor(hessian: Doubles, order: Ints) -> Doubles:
-    """U of H = U^T U, where H has its inputs from the last in order to the first.
+def factor(hessian: Doubles, more: Doubles, order: Ints) -> Doubles:
+    """U of H + more = U^T U, where H has its inputs from the last in order to the first.
 
     Args:
-        hessian: [groups, width, width], positive definite.
+        hessian: [groups, width, width].
+        more: [groups, 1] on the diagonal.
         order: [groups, width] in which inputs are rounded.
 
     Returns:
         [groups, width, width], upper triangular.
 
     Raises:
-        DataError: the Hessian is not positive definite.
+        DataError: the sum is not positive definite.
     """
+    backward = np.ascontiguousarray(order[:, ::-1])
     turned = np.empty_like(hessian)
-    for group, backward in enumerate(order[:, ::-1]):
-        turned[group] = hessian[group].take(backward, 0).take(backward, 1)
+    for group, inputs in enumerate(backward):
+        for start in range(0, len(inputs), _STRIP):  # so few that the second gather reads from the cache
+            strip = slice(start, start + _STRIP)
+            turned[group, strip] = hessian[group, inputs[strip]].take(inputs, 1)
+    np.einsum("gnn->gn", turned)[...] += more
     try:
-        lower = torch.linalg.cholesky(torch.from_numpy(turned))
+        lower = torch.linalg.cholesky(torch.from_numpy(turned).mT)
     except torch.linalg.LinAlgError:
         raise DataError("the Hessian is not positive semidefinite: no samples give it") from None
     upper: Doubles = lower.mT.contiguous().numpy()
@@ -213,13 +218,7 @@ def relaxation(hessian: Floats, order: Ints) -> Floats:
     scaled = hessian / np.einsum("gnn->gn", hessian)[:, :, None]
     width = np.arange(hessian.shape[1])
     scaled[:, width, width] = 0
-    return np.take_along_axis(_along(scaled, order), order[:, None], 2)
-
-
-def _along(array: Floats, order: Ints) -> Floats:
-    """Inputs [groups, width, ...] in this order."""
-    inputs: Floats = array[np.arange(len(order))[:, None], order]
-    return inputs
+    return np.take_along_axis(scaled[np.arange(len(order))[:, None], order], order[:, None], 2)
 
 
 def sweep(target: Floats, feedback: Floats, grid: Grid, order: Ints, rest: Floats | None = None) -> State:
@@ -233,26 +232,27 @@ def sweep(target: Floats, feedback: Floats, grid: Grid, order: Ints, rest: Float
         rest: target less the values so far; None where nothing is rounded yet.
     """
     nearest = grid.nearest(target.shape[1])
-    aims = _along(target, order)
-    left = np.zeros_like(aims) if rest is None else _along(rest, order)
-    codes = np.empty_like(aims)
+    every = np.arange(len(target))[:, None]
+    left = np.zeros_like(target) if rest is None else rest[every, order]
+    codes, back = np.empty_like(target), np.empty_like(target)
     for start in range(0, target.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
         known = slice(start) if rest is None else slice(None)
-        base = aims[:, block] + feedback[:, block, known] @ left[:, known]
+        aims = target[every, order[:, block]]
+        base = aims + feedback[:, block, known] @ left[:, known]
         inner = feedback[:, block, block]
-        change = np.zeros_like(base)
+        change, chosen = np.zeros_like(base), np.empty_like(base)
         for first in range(0, base.shape[1], _STRIP):
             strip = slice(first, first + _STRIP)
             base[:, strip] += inner[:, strip, :first] @ change[:, :first]
             for j in range(first, min(first + _STRIP, base.shape[1])):
                 aim = base[:, j] + (inner[:, j : j + 1, first:j] @ change[:, first:j])[:, 0]
-                codes[:, start + j], values = nearest(aim, order[:, start + j])
-                fresh = aims[:, start + j] - values
+                chosen[:, j], values = nearest(aim, order[:, start + j])
+                fresh = aims[:, j] - values
                 change[:, j] = fresh - left[:, start + j]
                 left[:, start + j] = fresh
-    back = np.argsort(order, axis=1)
-    return State(grid, _along(codes, back), _along(left, back))
+        codes[every, order[:, block]], back[every, order[:, block]] = chosen, left[:, block]
+    return State(grid, codes, back)
 
 
 def refit(target: Floats, hessian: Floats, state: State, store: Store) -> State:

@@ -14,6 +14,7 @@ from octoc.quantize import encode, quadratic
 from octoc.quantize.gptq import DAMPING
 from octoc.quantize.quadratic import Steps, Tables, factor, refit, relaxation, succession, sweep
 
+NOTHING = np.zeros((1, 1))  # on the diagonal
 SCHEMES = [
     "int2-group4",
     "int3-channel",
@@ -66,7 +67,7 @@ def test_codes_are_those_of_the_naive_optimal_brain_quantizer(seed, width, shuff
     weight, hessian = correlated(seed, width)
     matrix = damped(hessian)
     order = np.arange(width) if not shuffled else np.random.default_rng(seed).permutation(width)
-    state = sweep(weight.T[None], succession(factor(matrix, order[None])), whole(6), order[None])
+    state = sweep(weight.T[None], succession(factor(matrix, NOTHING, order[None])), whole(6), order[None])
     for row, codes in zip(weight, state.codes[0].T, strict=True):
         values = brain_quantizer(
             row, matrix[0], order, lambda w: np.float32(0.3) * np.clip(np.rint(w / np.float32(0.3)), -8, 7)
@@ -82,7 +83,7 @@ def test_blocks_and_strips_change_nothing(monkeypatch):
     for block, strip in ((1, 1), (128, 128), (24, 5)):
         monkeypatch.setattr(quadratic, "_BLOCK", block)
         monkeypatch.setattr(quadratic, "_STRIP", strip)
-        state = sweep(weight.T[None], succession(factor(matrix, order)), whole(6), order)
+        state = sweep(weight.T[None], succession(factor(matrix, NOTHING, order)), whole(6), order)
         scaled = (matrix / np.einsum("gnn->g", matrix)).astype(np.float32)
         found.append(sweep(weight.T[None], relaxation(scaled, order), whole(6), order, state.rest).codes)
     np.testing.assert_array_equal(found[0], found[1])
@@ -92,7 +93,7 @@ def test_blocks_and_strips_change_nothing(monkeypatch):
 def test_uncorrelated_inputs_leave_rounding():
     weight, _ = correlated(1, 12)
     order = np.arange(12)[None]
-    codes = sweep(weight.T[None], succession(factor(np.eye(12)[None], order)), whole(6), order).codes
+    codes = sweep(weight.T[None], succession(factor(np.eye(12)[None], NOTHING, order)), whole(6), order).codes
     np.testing.assert_array_equal(codes[0].T, np.clip(np.rint(weight / np.float32(0.3)), -8, 7))
 
 
@@ -100,7 +101,7 @@ def test_each_sweep_of_descent_takes_the_best_code_while_the_others_stand():
     weight, hessian = correlated(2, 8)
     matrix = (damped(hessian) / 1000).astype(np.float32)
     order = np.argsort(-np.einsum("gnn->gn", matrix), axis=1)
-    state = sweep(weight.T[None], succession(factor(matrix.astype(np.float64), order)), whole(6), order)
+    state = sweep(weight.T[None], succession(factor(matrix.astype(np.float64), NOTHING, order)), whole(6), order)
     for _ in range(30):
         state = sweep(weight.T[None], relaxation(matrix, order), whole(6), order, state.rest)
     least = quadratic.error(state.rest, matrix)
@@ -122,7 +123,7 @@ def test_fitted_values_are_those_of_least_squares(kind):
     else:
         grid = Tables(np.tile(np.linspace(-2, 2, 4, dtype=np.float32), 2), np.arange(6)[None] // 3, 4)
     order = np.arange(8)[None]
-    state = sweep(target, succession(factor(matrix, order)), grid, order)
+    state = sweep(target, succession(factor(matrix, NOTHING, order)), grid, order)
     for _ in range(4):  # conjugate gradients begin anew
         state = refit(target, matrix.astype(np.float32), state, lambda p: p.astype(np.float32))
     basis = np.stack([grid.spread(one, state.codes).ravel() for one in np.eye(len(grid.parameters))], 1)
