@@ -27,6 +27,7 @@ Zeros that a mask stores are not held at 0, so that sparse schemes are refused.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,7 +55,7 @@ _FITTED = 1 << 21  # weights that scales or tables are fitted to, and
 _FEWEST = 512  # of each tile at least
 _COMPARED = 1 << 33  # products in the error of one encoding
 
-_USUAL = {"affine": round_to_nearest, "palette": cluster}
+_USUAL: dict[str, Callable[..., Affine | Palette]] = {"affine": round_to_nearest, "palette": cluster}
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,11 @@ def _fit(problem: _Problem, scheme: Scheme, shape: tuple[int, ...], dtype: str) 
     whole = replace(scheme, granularity="channel", group_size=0)
     first = _USUAL[scheme.kind](tiles, whole, 0, dtype=dtype, importance=counts)
     if isinstance(first, Palette):
-        return first.table.reshape(*grid, -1)
+        tables: Array = first.table.reshape(*grid, -1)
+        return tables
     if scheme.bits > _TURNED:
-        return first.scale.reshape(grid)
+        scales: Array = first.scale.reshape(grid)
+        return scales
     second = round_to_nearest(-tiles, whole, 0, dtype=dtype, importance=counts)
     one, other = (
         (counts * np.square(tiles.astype(np.float64) - sign * q.dequantize())).sum(axis=1, keepdims=True)

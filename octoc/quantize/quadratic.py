@@ -172,10 +172,9 @@ def factor(hessian: Doubles, more: Doubles, order: Ints) -> Doubles:
             strip = slice(start, start + _STRIP)
             turned[group, strip] = hessian[group, inputs[strip]].take(inputs, 1)
     np.einsum("gnn->gn", turned)[...] += more
-    try:
-        lower = torch.linalg.cholesky(torch.from_numpy(turned).mT)
-    except torch.linalg.LinAlgError:
-        raise DataError("the Hessian is not positive semidefinite: no samples give it") from None
+    lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(turned).mT)
+    if failed.any():
+        raise DataError("the Hessian is not positive semidefinite: no samples give it")
     upper: Doubles = lower.mT.contiguous().numpy()
     return upper
 
@@ -210,7 +209,8 @@ def succession(factor: Doubles) -> Floats:
     """
     feedback = np.empty(factor.shape, np.float32)
     diagonal = np.einsum("gnn->gn", factor)[:, ::-1, None]
-    return np.divide(factor[:, ::-1, ::-1], diagonal, out=feedback, casting="same_kind")
+    np.divide(factor[:, ::-1, ::-1], diagonal, out=feedback, casting="same_kind")
+    return feedback
 
 
 def relaxation(hessian: Floats, order: Ints) -> Floats:
