@@ -154,7 +154,8 @@ def _problem(weight: Array, axis: int, hessian: Hessian) -> _Problem:
     mean = diagonal.mean(axis=1)
     more = np.where(mean > 0, DAMPING * mean, 1)[:, None]
     unit = (mean[:, None] + more).mean()
-    damped = np.multiply(matrix, 1 / unit, dtype=np.float32, casting="same_kind")
+    damped = np.empty(matrix.shape, np.float32)
+    np.divide(matrix, unit, out=damped, casting="same_kind")
     np.einsum("gnn->gn", damped)[...] = (diagonal + more) / unit
     order = np.argsort(-diagonal, axis=1, kind="stable")
     target: Array = hessian.rows(weight, axis, np.float32)
