@@ -18,7 +18,7 @@ A layer whose bias is corrected afterwards has the least error over all biases: 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from octoc.errors import DataError
 from octoc.qtensor import Array
@@ -81,15 +81,15 @@ class Hessian:
         result.cross = self.cross - self.missing[:, :, None] * mean[:, None]
         return result
 
-    def rows(self, weight: Array, axis: int) -> Floats:
-        """A weight as its rows, [groups, rows, width].
+    def rows(self, weight: Array, axis: int, dtype: DTypeLike = np.float64) -> Array:
+        """A weight as its rows, [groups, rows, width], in this dtype.
 
         Raises:
             DataError: the sums are of a layer of another shape.
         """
         if weight.size != self.cross.size or weight.shape[axis] != self.cross.shape[0] * self.cross.shape[1]:
             raise DataError(f"sums over a layer of {self.cross.shape} for a weight of shape {weight.shape}")
-        return np.moveaxis(weight, axis, 0).reshape(self.cross.shape).astype(np.float64)
+        return np.moveaxis(weight, axis, 0).reshape(self.cross.shape).astype(dtype, copy=False)
 
     def shift(self, weight: Array, decoded: Array, axis: int) -> Floats:
         """What its bias lacks once `decoded` stands for `weight`: mean of W y + r - Q y, [outputs]."""

@@ -9,29 +9,35 @@ for scales and for look-up tables; then coordinate descent on the codes as in Be
    identity.
 2. The target is V, with `TRUST` of the cross terms: what a few samples say is missing is partly their noise.
 3. Scales or tables are those of the usual method for V, importance the diagonal of H. There is one code more below 0
-   than above; with 2 or 3 bits that is much, and a scale may be negative to have it above.
+   than above; with 2 or 3 bits that is much, and a scale may be negative to have it above. A layer of more than
+   `_FITTED` weights is fitted on a sample of each tile (`_sample`).
 4. Inputs are rounded in the order of their diagonal, the largest first, in blocks (`quadratic.sweep`).
 5. Scales or tables are fitted to the codes by least squares, then each code is changed to its best while the others
    stand: again and again until the error falls by less than a thousandth, for a dozen rounds at most and
-   for large layers fewer.
-6. The codes of the usual method are taken where their error is less, as stored.
+   for large layers fewer, so that all rounds take at most `_WORK` products.
+6. The codes of the usual method are taken where their error is less, as stored. In a layer where one error takes more
+   than `_COMPARED` products, every k-th row is compared, so that it takes no more.
+
+The work is that of one Cholesky factor and one triangular product with the weights, where the public algorithm has two
+factors, an inverse and the product; the bounds above keep everything else below these.
 
 Zeros that a mask stores are not held at 0, so that sparse schemes are refused.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octoc.errors import DataError, UsageError
 from octoc.hessian import Hessian
 from octoc.qtensor import Affine, Array, Palette, Scheme
 from octoc.quantize import quadratic, require, to_rows
 from octoc.quantize.palette import encode as cluster
-from octoc.quantize.quadratic import Floats, Grid, State, Steps, Store, Tables
+from octoc.quantize.quadratic import Doubles, Floats, Grid, Ints, State, Steps, Store, Tables
 from octoc.quantize.rtn import code_range
 from octoc.quantize.rtn import encode as round_to_nearest
 
@@ -45,6 +51,11 @@ _TURNED = 3  # bits
 _ROUNDS = 12
 _WORK = 1 << 35  # products in all rounds of one layer, counted as one product with H a round
 _ENOUGH = 1e-3
+_FITTED = 1 << 21  # weights that scales or tables are fitted to, and
+_FEWEST = 512  # of each tile at least
+_COMPARED = 1 << 33  # products in the error of one encoding
+
+_USUAL: dict[str, Callable[..., Affine | Palette]] = {"affine": round_to_nearest, "palette": cluster}
 
 
 @dataclass(frozen=True)
@@ -52,33 +63,42 @@ class _Problem:
     """Steps 1 and 2, in units of 2**exponent.
 
     Args:
-        target: float64 [groups, rows, width].
-        hessian: float64 [groups, width, width], positive definite, mean of the diagonal 1.
+        target: float32 [groups, rows, width].
+        hessian: float32 [groups, width, width], positive definite, mean of the diagonal 1.
+        succession: its feedback (`quadratic.succession`).
+        order: [groups, width] of step 4.
         exponent: so that the target is at most about 1.
     """
 
-    target: NDArray[np.float64]
-    hessian: NDArray[np.float64]
+    target: Floats
+    hessian: Floats
+    succession: Floats
+    order: Ints
     exponent: int
 
-    def wanted(self, weight: Array, axis: int, dtype: str) -> Array:
-        """The target as a weight, within what `dtype` holds."""
-        moved = np.moveaxis(weight, axis, 0).shape
+    def wanted(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """The target as a weight of this shape, output channels first, within what `dtype` holds."""
         largest = float(np.finfo(dtype).max)
-        rows = np.clip(np.ldexp(self.target, self.exponent), -largest, largest).reshape(moved)
-        return np.ascontiguousarray(np.moveaxis(rows, 0, axis), dtype=np.float32)
+        with np.errstate(over="ignore"):
+            return np.clip(np.ldexp(self.target, self.exponent), -largest, largest).reshape(shape)
 
-    def importance(self, weight: Array, axis: int) -> Array:
-        """The diagonal for each element, at most 1."""
-        diagonal = np.einsum("gnn->gn", self.hessian)[:, None] / np.einsum("gnn->gn", self.hessian).max()
-        rows = np.broadcast_to(diagonal, self.target.shape).reshape(np.moveaxis(weight, axis, 0).shape)
-        return np.ascontiguousarray(np.moveaxis(rows, 0, axis), dtype=np.float32)
+    def importance(self, shape: tuple[int, ...]) -> Array:
+        """The diagonal for each element of such a weight, at most 1."""
+        diagonal = np.einsum("gnn->gn", self.hessian)[:, None]
+        return np.broadcast_to(diagonal / diagonal.max(), self.target.shape).reshape(shape)
 
-    def error(self, stored: Affine | Palette, axis: int) -> float:
-        """Of what is stored."""
-        rows = np.moveaxis(stored.dequantize(), axis, 0).reshape(self.target.shape)
-        rest = (np.ldexp(rows.astype(np.float64), -self.exponent) - self.target).astype(np.float32)
-        return float(np.einsum("grn,grn->", rest @ self.hessian.astype(np.float32), rest, dtype=np.float64))
+    def compared(self) -> Ints:
+        """Output channels that step 6 compares."""
+        groups, rows, width = self.target.shape
+        stride = max(1, math.ceil(self.target.size * width / _COMPARED))
+        return np.arange(groups * rows).reshape(groups, rows)[:, ::stride].ravel()
+
+    def error(self, decoded: Array) -> float:
+        """Of those channels, decoded."""
+        groups, rows, width = self.target.shape
+        target = self.target.reshape(groups * rows, width)[self.compared()].reshape(groups, -1, width)
+        rest = np.ldexp(decoded.reshape(target.shape), -self.exponent) - target
+        return quadratic.error(rest.swapaxes(1, 2), self.hessian)
 
 
 def encode(
@@ -103,82 +123,128 @@ def encode(
     if importance is not None:
         raise UsageError("gptq takes what counts from the Hessian: no importance beside it, and no mask of zeros")
     problem = _problem(weight, axis, hessian)
-    usual = round_to_nearest if scheme.kind == "affine" else cluster
-    plain = usual(weight, scheme, axis, dtype=dtype)
-    target, importance = problem.wanted(weight, axis, dtype), problem.importance(weight, axis)
-    first = usual(target, scheme, axis, dtype=dtype, importance=importance)
-    if isinstance(first, Affine) and first.bits <= _TURNED:
-        first = _turned(
-            target, first, importance, round_to_nearest(-target, scheme, axis, dtype=dtype, importance=importance)
-        )
-    state = _descend(problem, *_grid(problem, first, axis, dtype))
-    found = _stored(problem, state, first, axis)
-    return found if problem.error(found, axis) < problem.error(plain, axis) else plain
+    rows = np.moveaxis(weight, axis, 0)
+    grid = scheme.grid(rows.shape, 0)
+    first = _fit(problem, scheme, rows.shape, dtype)
+    found = _stored(_descend(problem, *_grid(problem, scheme, first, dtype)), problem, scheme, rows.shape, first)
+
+    compared = problem.compared()
+    alone = grid[0] == len(rows)  # no other row changes how a row is rounded
+    plain = _USUAL[scheme.kind](rows[compared] if alone else rows, scheme, 0, dtype=dtype)
+    beside = plain.dequantize() if alone else plain.dequantize()[compared]
+    if problem.error(found.dequantize()[compared]) < problem.error(beside):
+        return _channels_at(found, axis)
+    if len(plain.codes) < len(rows):
+        plain = _USUAL[scheme.kind](rows, scheme, 0, dtype=dtype)
+    return _channels_at(plain, axis)
 
 
-def _turned(target: Array, first: Affine, importance: Array, second: Affine) -> Affine:
-    """`first` with those scales of `second` for the negative target, as negative ones, that leave less error."""
-    grid = first.scale.shape
-    rest = (
-        importance * np.square(target.astype(np.float64) - sign * q.dequantize())
-        for sign, q in ((1, first), (-1, second))
-    )
-    errors = [to_rows(part, grid).sum(axis=1).reshape(grid) for part in rest]
-    return replace(first, scale=np.where(errors[1] < errors[0], -second.scale, first.scale))
+def _channels_at(stored: Affine | Palette, axis: int) -> Affine | Palette:
+    """With the output channels, that are first, moved to this axis."""
+    codes = np.ascontiguousarray(np.moveaxis(stored.codes, 0, axis))
+    if isinstance(stored, Affine):
+        return replace(stored, codes=codes, scale=np.ascontiguousarray(np.moveaxis(stored.scale, 0, axis)))
+    return replace(stored, codes=codes, table=np.ascontiguousarray(np.moveaxis(stored.table, 0, axis)))
 
 
 def _problem(weight: Array, axis: int, hessian: Hessian) -> _Problem:
-    rows = hessian.rows(weight, axis)
-    width = rows.shape[2]
-    diagonal = np.einsum("gnn->gn", hessian.matrix)
-    if not np.isfinite(hessian.matrix).all() or (diagonal < 0).any():
+    matrix, diagonal = hessian.matrix, np.einsum("gnn->gn", hessian.matrix)
+    if not np.isfinite(matrix).all() or (diagonal < 0).any():
         raise DataError("the Hessian holds NaN, infinite values, or negative ones on its diagonal")
-    mean = diagonal.mean(axis=1)[:, None, None]
-    damped = np.where(mean > 0, hessian.matrix + DAMPING * mean * np.eye(width), np.eye(width))
-    target = rows
+    mean = diagonal.mean(axis=1)
+    more = np.where(mean > 0, DAMPING * mean, 1)[:, None]
+    unit = (mean[:, None] + more).mean()
+    damped = np.empty(matrix.shape, np.float32)
+    np.divide(matrix, unit, out=damped, casting="same_kind")
+    np.einsum("gnn->gn", damped)[...] = (diagonal + more) / unit
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    target: Array = hessian.rows(weight, axis, np.float32)
+    factor = quadratic.factor(matrix, more, order)
     if hessian.cross.any():
-        target = rows + TRUST * np.linalg.solve(damped, hessian.cross.swapaxes(1, 2)).swapaxes(1, 2)
-    exponent = int(np.frexp(np.abs(target).max(initial=0))[1])
-    return _Problem(np.ldexp(target, -exponent), damped / np.einsum("gnn->gn", damped).mean(), exponent)
+        target = target + TRUST * quadratic.solve(factor, order, hessian.cross)
+    exponent = int(np.frexp(max(target.max(initial=0), -target.min(initial=0)))[1])
+    target = np.ldexp(target, -exponent).astype(np.float32, copy=False)
+    return _Problem(target, damped, quadratic.succession(factor), order, exponent)
 
 
-def _grid(problem: _Problem, first: Affine | Palette, axis: int, dtype: str) -> tuple[Grid, Store]:
+def _fit(problem: _Problem, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> Array:
+    """Step 3: scales [*grid] or tables [*grid, entries]."""
+    grid = scheme.grid(shape, 0)
+    tiles, counts = _sample(to_rows(problem.wanted(shape, dtype), grid), to_rows(problem.importance(shape), grid))
+    whole = replace(scheme, granularity="channel", group_size=0)
+    first = _USUAL[scheme.kind](tiles, whole, 0, dtype=dtype, importance=counts)
+    if isinstance(first, Palette):
+        tables: Array = first.table.reshape(*grid, -1)
+        return tables
+    if scheme.bits > _TURNED:
+        scales: Array = first.scale.reshape(grid)
+        return scales
+    second = round_to_nearest(-tiles, whole, 0, dtype=dtype, importance=counts)
+    one, other = (
+        (counts * np.square(tiles.astype(np.float64) - sign * q.dequantize())).sum(axis=1, keepdims=True)
+        for sign, q in ((1, first), (-1, second))
+    )
+    return np.where(other < one, -second.scale, first.scale).reshape(grid)
+
+
+def _sample(tiles: Array, counts: Array) -> tuple[Array, Array]:
+    """Of each tile its largest weights, and others evenly spread that count for all others.
+
+    Args:
+        tiles: [tiles, elements].
+        counts: how much each element counts, at most 1, the same shape.
+    """
+    size = max(_FEWEST, _FITTED // len(tiles))
+    stride = tiles.shape[1] // size
+    if stride < 2:
+        return tiles, counts
+    columns = np.arange(size) * stride + np.random.default_rng(0).integers(0, stride, size)  # no multiple of a kernel
+    magnitude = np.abs(tiles)
+    largest = np.argpartition(magnitude, -(size // 8), axis=1)[:, -(size // 8) :]
+    limit = np.take_along_axis(magnitude, largest, 1).min(axis=1, keepdims=True)
+    spread = tiles.take(columns, 1)
+    shares = counts.take(columns, 1) * (np.abs(spread) < limit)
+    taken = np.take_along_axis(tiles, largest, 1), np.take_along_axis(counts, largest, 1) / np.float32(stride)
+    return np.concatenate([taken[0], spread], 1), np.concatenate([taken[1], shares], 1)
+
+
+def _grid(problem: _Problem, scheme: Scheme, first: Array, dtype: str) -> tuple[Grid, Store]:
     """The grid of the usual method in the problem's units, and what rounds parameters as they are stored."""
     groups, rows, _ = problem.target.shape
     info = np.finfo(dtype)
     smallest, largest = 0.0, float(info.max)
-    if isinstance(first, Affine):
-        low, high = code_range(first.bits)
+    low, high = code_range(scheme.bits)
+    if scheme.kind == "affine":
         smallest = float(info.smallest_normal)
         largest = float(np.nextafter(np.asarray(largest / -low, dtype), np.asarray(0, dtype)))
-        places = np.moveaxis(np.arange(first.scale.size).reshape(first.scale.shape), axis, 0)
-        tiles = np.broadcast_to(places.reshape(len(places), -1), (groups * rows, places.size // len(places)))
-        share = np.ascontiguousarray(tiles.reshape(groups, rows, -1).swapaxes(1, 2))
 
-    def store(parameters: NDArray[np.float64]) -> Floats:
+    def store(parameters: Doubles) -> Floats:
         size = np.clip(np.ldexp(np.abs(parameters), problem.exponent), smallest, largest)
         rounded = np.copysign(size, parameters).astype(dtype)
         units: Floats = np.ldexp(rounded.astype(np.float64), -problem.exponent).astype(np.float32)
         return units
 
-    if isinstance(first, Affine):
-        scale = np.ldexp(first.scale.astype(np.float64).ravel(), -problem.exponent)
-        return Steps(store(scale), share, low, high), store
-    entries = first.table.shape[-1]
-    which = np.arange(groups * rows) * (first.table.size // entries) // (groups * rows)
-    tables = np.ldexp(first.table.astype(np.float64).ravel(), -problem.exponent)
-    return Tables(store(tables), which.reshape(groups, rows), entries), store
+    parameters = store(np.ldexp(first.astype(np.float64).ravel(), -problem.exponent))
+    if scheme.kind == "affine":
+        places = np.arange(first.size).reshape(len(first), -1)
+        tiles = np.broadcast_to(places, (groups * rows, places.shape[1]))
+        share = np.ascontiguousarray(tiles.reshape(groups, rows, -1).swapaxes(1, 2))
+        return Steps(parameters, share, low, high), store
+    entries = first.shape[-1]
+    which = np.arange(groups * rows) * (first.size // entries) // (groups * rows)
+    return Tables(parameters, which.reshape(groups, rows), entries), store
 
 
 def _descend(problem: _Problem, grid: Grid, store: Store) -> State:
     """Steps 4 and 5."""
-    target = np.ascontiguousarray(problem.target.swapaxes(1, 2), dtype=np.float32)
-    hessian = problem.hessian.astype(np.float32)
-    order = np.argsort(-np.einsum("gnn->gn", problem.hessian), axis=1, kind="stable")
-    best = quadratic.sweep(target, quadratic.succession(problem.hessian, order), grid, order)
+    target, hessian, order = np.ascontiguousarray(problem.target.swapaxes(1, 2)), problem.hessian, problem.order
+    best = quadratic.sweep(target, problem.succession, grid, order)
+    rounds = min(_ROUNDS, _WORK // max(1, target.size * target.shape[1]))
+    if not rounds:
+        return best
     least = quadratic.error(best.rest, hessian)
     feedback = quadratic.relaxation(hessian, order)
-    for _ in range(min(_ROUNDS, _WORK // max(1, target.size * target.shape[1]))):
+    for _ in range(rounds):
         fitted = quadratic.refit(target, hessian, best, store)
         state = quadratic.sweep(target, feedback, fitted.grid, order, fitted.rest)
         found = quadratic.error(state.rest, hessian)
@@ -190,11 +256,12 @@ def _descend(problem: _Problem, grid: Grid, store: Store) -> State:
     return best
 
 
-def _stored(problem: _Problem, state: State, first: Affine | Palette, axis: int) -> Affine | Palette:
-    shape = tuple(np.moveaxis(first.codes, axis, 0).shape)
-    codes = np.moveaxis(state.codes.swapaxes(1, 2).reshape(shape), 0, axis)
-    codes = np.ascontiguousarray(codes).astype(first.codes.dtype)
-    parameters = np.ldexp(state.grid.parameters.astype(np.float64), problem.exponent)
-    if isinstance(first, Affine):
-        return Affine(codes, parameters.reshape(first.scale.shape).astype(first.scale.dtype), bits=first.bits)
-    return Palette(codes, parameters.reshape(first.table.shape).astype(first.table.dtype), first.bits)
+def _stored(state: State, problem: _Problem, scheme: Scheme, shape: tuple[int, ...], first: Array) -> Affine | Palette:
+    """Output channels first."""
+    dtype = np.int8 if scheme.kind == "affine" else np.uint8
+    codes = np.ascontiguousarray(state.codes.astype(dtype).swapaxes(1, 2)).reshape(shape)
+    exact = np.ldexp(state.grid.parameters.astype(np.float64), problem.exponent)
+    parameters = exact.reshape(first.shape).astype(first.dtype)
+    if scheme.kind == "affine":
+        return Affine(codes, parameters, bits=scheme.bits)
+    return Palette(codes, parameters, scheme.bits)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from octoc.errors import DataError
@@ -150,31 +151,66 @@ def error(rest: Floats, hessian: Floats) -> float:
     return float(np.einsum("gnr,gnr->", rest, hessian @ rest, dtype=np.float64))
 
 
-def succession(hessian: Doubles, order: Ints) -> Floats:
-    """Feedback of GPTQ: with H = U U^T, inputs in their order and U upper triangular, it is U_ij / U_jj for j after i.
+def factor(hessian: Doubles, more: Doubles, order: Ints) -> Doubles:
+    """U of H + more = U^T U, where H has its inputs from the last in order to the first.
 
-    The error is the sum of squares of E^T U, whose column j holds no input after j: rounding in order makes one column
+    Args:
+        hessian: [groups, width, width].
+        more: [groups, 1] on the diagonal.
+        order: [groups, width] in which inputs are rounded.
+
+    Returns:
+        [groups, width, width], upper triangular.
+
+    Raises:
+        DataError: the sum is not positive definite.
+    """
+    backward = np.ascontiguousarray(order[:, ::-1])
+    turned = np.empty_like(hessian)
+    for group, inputs in enumerate(backward):
+        for start in range(0, len(inputs), _STRIP):  # so few that the second gather reads from the cache
+            strip = slice(start, start + _STRIP)
+            turned[group, strip] = hessian[group, inputs[strip]].take(inputs, 1)
+    np.einsum("gnn->gn", turned)[...] += more
+    lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(turned).mT)
+    if failed.any():
+        raise DataError("the Hessian is not positive semidefinite: no samples give it")
+    upper: Doubles = lower.mT.contiguous().numpy()
+    return upper
+
+
+def solve(factor: Doubles, order: Ints, right: Doubles) -> Doubles:
+    """X of X H = right.
+
+    Args:
+        factor: of the Hessian in this order.
+        order: [groups, width].
+        right: [groups, rows, width].
+    """
+    backward = np.ascontiguousarray(order[:, ::-1])[:, None]
+    turned = torch.from_numpy(np.take_along_axis(right, backward, 2)).mT
+    found = torch.cholesky_solve(turned, torch.from_numpy(factor), upper=True).mT.numpy()
+    result: Doubles = np.take_along_axis(found, np.argsort(backward, axis=2), 2)
+    return result
+
+
+def succession(factor: Doubles) -> Floats:
+    """Feedback of GPTQ: with H = L L^T, inputs in their order and L upper triangular, it is L_ij / L_jj for j after i.
+
+    The error is the sum of squares of E^T L, whose column j holds no input after j: rounding in order makes one column
     after another as small as it can be. That is what GPTQ's updates by the inverse Hessian come to (Chee et al., QuIP,
     arXiv 2307.13304, theorem 6), for a third of the factorisations.
 
     Args:
-        hessian: [groups, width, width], positive definite.
-        order: [groups, width] in which inputs are rounded.
+        factor: of `factor`, which is L^T with both axes turned round.
 
     Returns:
-        [groups, width, width], in that order: by input that is rounded, then by input whose error it makes up for.
-
-    Raises:
-        DataError: the Hessian is not positive definite.
+        [groups, width, width], in order: by input that is rounded, then by input whose error it makes up for.
     """
-    backward = order[:, ::-1]
-    turned = np.take_along_axis(np.take_along_axis(hessian, backward[:, :, None], 1), backward[:, None], 2)
-    try:
-        lower = np.linalg.cholesky(turned)
-    except np.linalg.LinAlgError:
-        raise DataError("the Hessian is not positive semidefinite: no samples give it") from None
-    scaled = lower / np.einsum("gnn->gn", lower)[:, None]
-    return np.ascontiguousarray(scaled[:, ::-1, ::-1].swapaxes(1, 2), dtype=np.float32)
+    feedback = np.empty(factor.shape, np.float32)
+    diagonal = np.einsum("gnn->gn", factor)[:, ::-1, None]
+    np.divide(factor[:, ::-1, ::-1], diagonal, out=feedback, casting="same_kind")
+    return feedback
 
 
 def relaxation(hessian: Floats, order: Ints) -> Floats:
@@ -182,7 +218,7 @@ def relaxation(hessian: Floats, order: Ints) -> Floats:
     scaled = hessian / np.einsum("gnn->gn", hessian)[:, :, None]
     width = np.arange(hessian.shape[1])
     scaled[:, width, width] = 0
-    return np.take_along_axis(np.take_along_axis(scaled, order[:, :, None], 1), order[:, None], 2)
+    return np.take_along_axis(scaled[np.arange(len(order))[:, None], order], order[:, None], 2)
 
 
 def sweep(target: Floats, feedback: Floats, grid: Grid, order: Ints, rest: Floats | None = None) -> State:
@@ -196,27 +232,27 @@ def sweep(target: Floats, feedback: Floats, grid: Grid, order: Ints, rest: Float
         rest: target less the values so far; None where nothing is rounded yet.
     """
     nearest = grid.nearest(target.shape[1])
-    along = order[:, :, None]
-    aims = np.take_along_axis(target, along, 1)
-    left = np.zeros_like(aims) if rest is None else np.take_along_axis(rest, along, 1)
-    codes = np.empty_like(aims)
+    every = np.arange(len(target))[:, None]
+    left = np.zeros_like(target) if rest is None else rest[every, order]
+    codes, back = np.empty_like(target), np.empty_like(target)
     for start in range(0, target.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
         known = slice(start) if rest is None else slice(None)
-        base = aims[:, block] + feedback[:, block, known] @ left[:, known]
+        aims = target[every, order[:, block]]
+        base = aims + feedback[:, block, known] @ left[:, known]
         inner = feedback[:, block, block]
-        change = np.zeros_like(base)
+        change, chosen = np.zeros_like(base), np.empty_like(base)
         for first in range(0, base.shape[1], _STRIP):
             strip = slice(first, first + _STRIP)
             base[:, strip] += inner[:, strip, :first] @ change[:, :first]
             for j in range(first, min(first + _STRIP, base.shape[1])):
                 aim = base[:, j] + (inner[:, j : j + 1, first:j] @ change[:, first:j])[:, 0]
-                codes[:, start + j], values = nearest(aim, order[:, start + j])
-                fresh = aims[:, start + j] - values
+                chosen[:, j], values = nearest(aim, order[:, start + j])
+                fresh = aims[:, j] - values
                 change[:, j] = fresh - left[:, start + j]
                 left[:, start + j] = fresh
-    back = np.argsort(order, axis=1, kind="stable")[:, :, None]
-    return State(grid, np.take_along_axis(codes, back, 1), np.take_along_axis(left, back, 1))
+        codes[every, order[:, block]], back[every, order[:, block]] = chosen, left[:, block]
+    return State(grid, codes, back)
 
 
 def refit(target: Floats, hessian: Floats, state: State, store: Store) -> State:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from octoc.errors import DataError, UsageError
 from octoc.hessian import Hessian
 from octoc.qtensor import Affine, Scheme, difference
-from octoc.quantize import encode, quadratic
+from octoc.quantize import encode, gptq, quadratic
 from octoc.quantize.gptq import DAMPING
-from octoc.quantize.quadratic import Steps, Tables, refit, relaxation, succession, sweep
+from octoc.quantize.quadratic import Steps, Tables, factor, refit, relaxation, solve, succession, sweep
 
+NOTHING = np.zeros((1, 1))  # on the diagonal
 SCHEMES = [
     "int2-group4",
     "int3-channel",
@@ -66,12 +67,21 @@ def test_codes_are_those_of_the_naive_optimal_brain_quantizer(seed, width, shuff
     weight, hessian = correlated(seed, width)
     matrix = damped(hessian)
     order = np.arange(width) if not shuffled else np.random.default_rng(seed).permutation(width)
-    state = sweep(weight.T[None], succession(matrix, order[None]), whole(6), order[None])
+    state = sweep(weight.T[None], succession(factor(matrix, NOTHING, order[None])), whole(6), order[None])
     for row, codes in zip(weight, state.codes[0].T, strict=True):
         values = brain_quantizer(
             row, matrix[0], order, lambda w: np.float32(0.3) * np.clip(np.rint(w / np.float32(0.3)), -8, 7)
         )
         np.testing.assert_allclose(codes * np.float32(0.3), values, atol=1e-5)
+
+
+def test_the_factor_solves_for_what_is_missing():
+    _, hessian = correlated(12, 9, groups=2)
+    order = np.stack([np.random.default_rng(i).permutation(9) for i in range(2)])
+    more = np.array([[1.0], [2.0]])
+    right = np.random.default_rng(12).standard_normal((2, 6, 9))
+    found = solve(factor(hessian.matrix, more, order), order, right)
+    np.testing.assert_allclose(found @ (hessian.matrix + more[:, None] * np.eye(9)), right, atol=1e-9)
 
 
 def test_blocks_and_strips_change_nothing(monkeypatch):
@@ -82,7 +92,7 @@ def test_blocks_and_strips_change_nothing(monkeypatch):
     for block, strip in ((1, 1), (128, 128), (24, 5)):
         monkeypatch.setattr(quadratic, "_BLOCK", block)
         monkeypatch.setattr(quadratic, "_STRIP", strip)
-        state = sweep(weight.T[None], succession(matrix, order), whole(6), order)
+        state = sweep(weight.T[None], succession(factor(matrix, NOTHING, order)), whole(6), order)
         scaled = (matrix / np.einsum("gnn->g", matrix)).astype(np.float32)
         found.append(sweep(weight.T[None], relaxation(scaled, order), whole(6), order, state.rest).codes)
     np.testing.assert_array_equal(found[0], found[1])
@@ -92,7 +102,7 @@ def test_blocks_and_strips_change_nothing(monkeypatch):
 def test_uncorrelated_inputs_leave_rounding():
     weight, _ = correlated(1, 12)
     order = np.arange(12)[None]
-    codes = sweep(weight.T[None], succession(np.eye(12)[None], order), whole(6), order).codes
+    codes = sweep(weight.T[None], succession(factor(np.eye(12)[None], NOTHING, order)), whole(6), order).codes
     np.testing.assert_array_equal(codes[0].T, np.clip(np.rint(weight / np.float32(0.3)), -8, 7))
 
 
@@ -100,7 +110,7 @@ def test_each_sweep_of_descent_takes_the_best_code_while_the_others_stand():
     weight, hessian = correlated(2, 8)
     matrix = (damped(hessian) / 1000).astype(np.float32)
     order = np.argsort(-np.einsum("gnn->gn", matrix), axis=1)
-    state = sweep(weight.T[None], succession(matrix.astype(np.float64), order), whole(6), order)
+    state = sweep(weight.T[None], succession(factor(matrix.astype(np.float64), NOTHING, order)), whole(6), order)
     for _ in range(30):
         state = sweep(weight.T[None], relaxation(matrix, order), whole(6), order, state.rest)
     least = quadratic.error(state.rest, matrix)
@@ -122,7 +132,7 @@ def test_fitted_values_are_those_of_least_squares(kind):
     else:
         grid = Tables(np.tile(np.linspace(-2, 2, 4, dtype=np.float32), 2), np.arange(6)[None] // 3, 4)
     order = np.arange(8)[None]
-    state = sweep(target, succession(matrix, order), grid, order)
+    state = sweep(target, succession(factor(matrix, NOTHING, order)), grid, order)
     for _ in range(4):  # conjugate gradients begin anew
         state = refit(target, matrix.astype(np.float32), state, lambda p: p.astype(np.float32))
     basis = np.stack([grid.spread(one, state.codes).ravel() for one in np.eye(len(grid.parameters))], 1)
@@ -141,6 +151,33 @@ def test_the_error_is_at_most_that_of_rounding(text, seed):
         ours = encode(weight, Scheme.parse(text), 0, dtype=dtype, method="gptq", hessian=hessian)
         plain = encode(weight, Scheme.parse(text), 0, dtype=dtype)
         assert weighed(weight, ours, hessian) <= weighed(weight, plain, hessian) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("text", ["int4-channel", "int3-channel", "int4-group64", "int4-tensor", "palette3-tensor"])
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_sample_of_a_wide_layer_is_nearly_as_good(text, tail, monkeypatch):
+    weight, hessian = correlated(13, 512, rows=32, count=2000)
+    if tail:
+        weight[::3, ::97] *= 20  # few weights decide the scale
+    scheme, errors = Scheme.parse(text), []
+    monkeypatch.setattr(gptq, "_WORK", 0)
+    for fitted, fewest, compared in ((1 << 21, 512, 1 << 33), (4096, 64, 1 << 21)):
+        monkeypatch.setattr(gptq, "_FITTED", fitted)
+        monkeypatch.setattr(gptq, "_FEWEST", fewest)
+        monkeypatch.setattr(gptq, "_COMPARED", compared)
+        errors.append(weighed(weight, encode(weight, scheme, 0, method="gptq", hessian=hessian), hessian))
+    assert errors[1] < 1.1 * errors[0]
+    assert errors[1] < weighed(weight, encode(weight, scheme, 0), hessian)
+
+
+@pytest.mark.parametrize("text", ["int4-channel", "palette2-tensor"])
+def test_a_wide_layer_is_rounded_in_whole_where_rounding_is_better(text, monkeypatch):
+    weight, hessian = correlated(14, 16, rows=8)
+    scheme = Scheme.parse(text)
+    monkeypatch.setattr(gptq, "_COMPARED", 16 * 16 * 2)  # every fourth row
+    monkeypatch.setattr(gptq._Problem, "error", lambda self, decoded: 0.0)
+    stored = encode(weight, scheme, 0, method="gptq", hessian=hessian)
+    assert difference(stored, encode(weight, scheme, 0)) is None
 
 
 @pytest.mark.parametrize(("text", "most"), [("int4-group16", 0.7), ("int2-channel", 0.8), ("palette2-tensor", 0.7)])
