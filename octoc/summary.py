@@ -46,7 +46,13 @@ def summarize(
         skipped=(*bench.offering.skipped, *bench.rounded, *uncoded(bench.model)),
         fallbacks=(
             *bench.offering.remarks(plan),
-            *slowdowns(bench.model, bench.job.device, bench.job.format, dict(choice.key for choice in plan)),
+            *slowdowns(
+                bench.model,
+                bench.job.device,
+                bench.job.format,
+                dict(choice.key for choice in plan),
+                bench.offering.integers,
+            ),
             *fallbacks(bench.shared.shaped, bench.job.device, bench.job.format, dtype),
         ),
         notes=(*shared.original.notes, *getattr(bench.base, "notes", ())),
