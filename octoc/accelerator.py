@@ -109,6 +109,7 @@ class Encoding:
     over: tuple[str, ...] = ()  # sparse only: encodings that the remaining values may have
     only_for: tuple[str, ...] = ()  # operation kinds that can take it; empty: every weighted one
     slow_for: tuple[str, ...] = ()  # it saves bytes there, but runs slower than float; offered, and said
+    slow_int8_for: tuple[str, ...] = ()  # the same between int8 values
 
     @property
     def kind(self) -> str:
@@ -298,10 +299,11 @@ def _encoding(node: yaml.Node) -> Encoding:
         over=nodes.texts(keys["over"], "over", ENCODINGS) if "over" in keys else (),
         only_for=nodes.texts(keys["only_for"], "only_for") if "only_for" in keys else (),
         slow_for=nodes.texts(keys["slow_for"], "slow_for") if "slow_for" in keys else (),
+        slow_int8_for=nodes.texts(keys["slow_int8_for"], "slow_int8_for") if "slow_int8_for" in keys else (),
     )
 
 
-_ENCODING_LISTS = ("over", "only_for", "slow_for")
+_ENCODING_LISTS = ("over", "only_for", "slow_for", "slow_int8_for")
 _BOUND_TYPES: dict[str, type] = {"static": bool}
 
 

@@ -232,8 +232,10 @@ def encode_biases(model: Model, coded: Mapping[str, QTensor]) -> dict[str, QTens
 
 
 def runs_in_integers(weight: QTensor | None) -> bool:
-    """Whether integer kernels take the weight: symmetric int8, one scale a tensor or an output channel."""
-    if not isinstance(weight, Affine) or weight.bits != 8 or not weight.signed or weight.zero_point is not None:
+    """Whether integer kernels take the weight: symmetric, of 4 or 8 bits, one scale a tensor or an output channel."""
+    if not isinstance(weight, Affine) or not weight.signed or weight.zero_point is not None:
+        return False
+    if weight.bits not in (4, 8):
         return False
     return sum(int(size > 1) for size in weight.scale.shape) <= 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -116,14 +116,19 @@ def uncoded(model: Model) -> tuple[Note, ...]:
     return tuple(notes.values())
 
 
-def slowdowns(model: Model, device: Device, fmt: str, chosen: Mapping[str, Scheme]) -> tuple[Note, ...]:
+def slowdowns(
+    model: Model, device: Device, fmt: str, chosen: Mapping[str, Scheme], integers: Set[str] = frozenset()
+) -> tuple[Note, ...]:
     """Weights whose encoding saves bytes, but runs slower than floats on the accelerator that runs it.
+
+    Between int8 values also those whose accelerator computes in floats only.
 
     Args:
         model: the network.
         device: the profile.
         fmt: of the artefact.
         chosen: the encoding of each weight by its name.
+        integers: names of the weights whose operations stand between int8 values.
     """
     nodes, notes = model.nodes(), []
     for layer in model.layers():
@@ -132,9 +137,12 @@ def slowdowns(model: Model, device: Device, fmt: str, chosen: Mapping[str, Schem
         scheme = chosen[layer.name]
         kinds = dict.fromkeys(operation(nodes[name], model.tensors) for name in layer.nodes)
         for runner, encoding in _runners(device, fmt, replace(scheme, sparse=False))[:1]:
-            if slow := [kind for kind in kinds if kind in encoding.slow_for]:
+            integer = layer.name in integers
+            if slow := [kind for kind in kinds if kind in (encoding.slow_int8_for if integer else encoding.slow_for)]:
                 words = f"{runner.name} runs {', '.join(slow)} slower with {scheme} than with floats"
                 notes.append(Note(layer.name, f"{words} ({encoding.source})"))
+            if integer and "int8" not in device.activations(runner):
+                notes.append(Note(layer.name, f"{runner.name} runs {scheme}, and is not known to compute in int8"))
     return tuple(notes)
 
 

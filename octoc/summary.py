@@ -51,7 +51,13 @@ def summarize(
         ),
         fallbacks=(
             *bench.offering.remarks(plan),
-            *slowdowns(bench.model, bench.job.device, bench.job.format, dict(choice.key for choice in plan)),
+            *slowdowns(
+                bench.model,
+                bench.job.device,
+                bench.job.format,
+                dict(choice.key for choice in plan),
+                bench.offering.integers,
+            ),
             *fallbacks(bench.shared.shaped, bench.job.device, bench.job.format, dtype),
         ),
         notes=(*shared.original.notes, *getattr(bench.base, "notes", ())),

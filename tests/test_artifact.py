@@ -12,7 +12,8 @@ from torch import nn
 
 import octoc
 from octoc.errors import UsageError
-from octoc.proof import NAME, artifact_files, read_proof, write_proof
+from octoc.proof import NAME, artifact_files, artifact_sha256, read_proof, write_proof
+from octoc.qtensor import Affine, pack_codes
 from octoc.recipe import Encode, read_recipe
 from octoc.verify import verify
 from tests.zoo import DEVICES, FORMATS, built, normal
@@ -51,6 +52,30 @@ def test_every_layer_that_the_format_has_integer_kernels_for_runs_in_integers(
     details = {check.name: check.detail for check in artifact.checks}
     assert details["integer operations"] == f"{count} of {count} layers run in integers"
     assert "unchanged" not in details
+
+
+@pytest.mark.parametrize(("fmt", "device"), list(zip(FORMATS, DEVICES, strict=True)))
+def test_four_bit_weights_run_in_integers_wherever_eight_bit_ones_do(fmt: str, device: str, tmp_path: Path) -> None:
+    """LiteRT's transposed convolution takes 8 bits only, and onnxruntime has none."""
+    given = {"devices": [device], "formats": [fmt], "data": X, "weights": "int4", "activations": "int8"}
+    report = octoc.compress_model(built(Upsampling), out=tmp_path, **given)
+    (artifact,) = report.artifacts
+    assert artifact.held, artifact.failed
+    path = tmp_path / str(artifact.path)
+    proof = read_proof(path.parent / NAME)
+    widths = {name: tensor.bits for name, tensor in proof.qtensors.items() if name.endswith("weight")}
+    assert widths == {"first.weight": 4, "second.weight": 4, "head.weight": 4, "up.weight": 8 if fmt == "tflite" else 4}
+    assert proof.integer == (3 if fmt == "onnx" else 4)
+    codes = proof.qtensors["head.weight"]
+    assert isinstance(codes, Affine)
+    packed = pack_codes(codes.codes, 4).tobytes()
+    broken = tmp_path / path.name
+    for entry in artifact_files(path):
+        place = broken / entry.relative_to(path) if path.is_dir() else broken
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(entry.read_bytes().replace(packed, bytes([packed[0] ^ 1]) + packed[1:]))
+    forged = replace(proof, sha256=artifact_sha256(broken))
+    assert next(check.name for check in verify(broken, forged) if not check.held) == "codes"
 
 
 @pytest.mark.parametrize(("fmt", "device"), list(zip(FORMATS, DEVICES, strict=True)))

@@ -254,6 +254,31 @@ def test_a_weight_is_named_where_its_encoding_saves_bytes_but_takes_time(mixed: 
     assert slowdowns(mixed, board, "onnx", {"linear.weight": small["linear.weight"]}) == ()
 
 
+def test_between_int8_values_other_kernels_are_slow(mixed: Model) -> None:
+    """onnxruntime widens 4-bit codes once; LiteRT unpacks those of convolutions on each run."""
+    board = find_device("raspberry-pi-5", DEVICES)
+    chosen = dict.fromkeys(["conv.weight", "linear.weight"], Scheme.parse("int4-channel"))
+    found = {
+        (fmt, bool(integers)): [note.what for note in slowdowns(mixed, board, fmt, chosen, integers)]
+        for fmt in ("onnx", "tflite")
+        for integers in (set(), set(chosen))
+    }
+    assert found == {
+        ("onnx", False): ["linear.weight"],
+        ("onnx", True): [],
+        ("tflite", False): ["conv.weight"],
+        ("tflite", True): ["conv.weight"],
+    }
+
+
+def test_an_accelerator_that_is_not_known_to_compute_in_int8_is_named(mixed: Model) -> None:
+    """Of an iPhone's processors the Neural Engine computes in int8, and 4-bit affine codes are known of others only."""
+    chosen = {"conv.weight": Scheme.parse("int4-channel"), "linear.weight": Scheme.parse("int8-channel")}
+    (note,) = slowdowns(mixed, find_device("iphone-15-pro", DEVICES), "coreml", chosen, set(chosen))
+    assert note.what == "conv.weight"
+    assert note.reason == "Apple GPU runs int4-channel, and is not known to compute in int8"
+
+
 def test_an_encoding_is_slow_where_the_first_accelerator_that_runs_it_says_so(mixed: Model) -> None:
     board = find_device("raspberry-pi-5", DEVICES)
     slow = board.runners("onnx")[0]

@@ -86,8 +86,8 @@ def accepts(scheme: Scheme, layer: Layer, integer: bool) -> str | None:
         return "octoc writes no table with scales beside it for Core ML"
     if scheme.kind in ("affine", "asymmetric") and scheme.bits not in _AFFINE_BITS:
         return f"Core ML stores affine codes of 4 or 8 bits, not {scheme.bits}"
-    if integer and (scheme.kind != "affine" or scheme.bits != 8 or scheme.granularity == "group" or scheme.sparse):
-        return f"Core ML runs int8 activations with int8 weights, one scale per tensor or channel, not {scheme}"
+    if integer and (scheme.kind != "affine" or scheme.granularity == "group" or scheme.sparse):
+        return f"Core ML takes integer weights, one scale a tensor or channel, beside int8 activations, not {scheme}"
     return scheme.unfit(layer.shape, layer.axis)
 
 

@@ -65,8 +65,8 @@ def accepts(scheme: Scheme, layer: Layer, integer: bool) -> str | None:
         return "zeros save no bytes in ONNX"
     if integer and layer.kind not in ("conv", "depthwise", "linear", "matmul"):
         return f"onnxruntime runs no {layer.kind} in integers"
-    if integer and (scheme.kind != "affine" or scheme.bits != 8 or scheme.granularity == "group"):
-        return "an integer operation takes 8-bit weights with one scale per channel or tensor"
+    if integer and (scheme.kind != "affine" or scheme.bits not in (4, 8) or scheme.granularity == "group"):
+        return "an integer operation takes weights of 4 or 8 bits with one scale per channel or tensor"
     if scheme.kind != "cast" and scheme.bits not in (2, 4, 8):
         return f"ONNX has no {scheme.bits}-bit integers"
     if scheme.bits == 2 and len(layer.shape) == 2 and layer.shape[layer.axis] % 4:
@@ -229,13 +229,15 @@ def _encode(graph: onnx.GraphProto, name: str, tensor: QTensor) -> Stored:
         return encode(name, tensor)
     transposed = _turn(graph, name)
     readers = [node for node, _ in _uses(graph, name)]
+    integer = all(_takes_integers(graph, node) for node in readers)
+    widened = integer and tensor.bits == 4 and tensor.signed and tensor.zero_point is None
     # onnxruntime's QGemm wants a zero point, though ONNX lets it away.
     explicit_zero = any(node.op_type == "Gemm" for node in readers)
-    at_load = all(
+    at_load = not widened and all(
         node.op_type in ("Conv", "ConvTranspose") and not (tensor.bits == 8 and _takes_integers(graph, node))
         for node in readers
     )
-    return encode(name, tensor, transposed, explicit_zero, at_load)
+    return encode(name, tensor, transposed, explicit_zero, at_load, widened)
 
 
 def _takes_integers(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:

@@ -36,7 +36,11 @@ from octoc.runtime.tflite import quiet, read_checked
 
 FILE = "model.tflite"
 
-_INTEGER_KINDS = ("conv", "depthwise", "conv_transpose", "linear", "matmul")
+# Kinds of layers with integer kernels, by the bits of a code.
+_INTEGER_KINDS = {
+    8: ("conv", "depthwise", "conv_transpose", "linear", "matmul"),
+    4: ("conv", "depthwise", "linear"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ def accepts(scheme: Scheme, layer: Layer, integer: bool) -> str | None:
         return "TFLite has no look-up tables for weights"
     if scheme.kind != "cast" and scheme.bits not in weights.CODE_TYPES:
         return f"TFLite stores codes of 2, 4 or 8 bits, not {scheme.bits}"
-    if integer and layer.kind not in _INTEGER_KINDS:
-        return f"TFLite has no integer kernel for a weight of kind {layer.kind}"
-    if integer and (scheme.kind, scheme.bits) != ("affine", 8):
-        return f"TFLite's integer kernels take weights of 8 bits, not {scheme}"
+    if integer and (scheme.kind != "affine" or scheme.bits not in _INTEGER_KINDS):
+        return f"TFLite's integer kernels take weights of 4 or 8 bits, not {scheme}"
+    if integer and layer.kind not in _INTEGER_KINDS[scheme.bits]:
+        return f"TFLite has no integer kernel for {scheme.bits}-bit weights of kind {layer.kind}"
     if integer and scheme.granularity == "group":
         return "TFLite's integer kernels take a scale per tensor or output channel"
     return scheme.unfit(layer.shape, layer.axis)

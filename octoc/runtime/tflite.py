@@ -327,13 +327,14 @@ _WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV"
 
 
 def integer_operations(path: Path) -> int:
-    """How many convolutions and fully connected layers of a file have an integer result and a constant int8 weight."""
+    """How many convolutions and fully connected layers have an integer result and constant integer weights."""
     content = read_checked(path)
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
     kinds = {getattr(schema.BuiltinOperator, kind) for kind in _WEIGHTED}
     integers = (schema.TensorType.INT8, schema.TensorType.INT16)
+    codes = (schema.TensorType.INT8, schema.TensorType.INT4)
     count = 0
     for graph in model.subgraphs:
         computed = {i for operator in graph.operators for i in operator.outputs} | set(graph.inputs)
@@ -342,6 +343,6 @@ def integer_operations(path: Path) -> int:
             if max(code.builtinCode, code.deprecatedBuiltinCode) not in kinds:
                 continue
             weight, result = operator.inputs[1], graph.tensors[operator.outputs[0]]
-            constant = weight not in computed and graph.tensors[weight].type == schema.TensorType.INT8
+            constant = weight not in computed and graph.tensors[weight].type in codes
             count += constant and result.type in integers
     return count

@@ -27,7 +27,7 @@ from octoc.load.module import from_module
 from octoc.model import Layer, Model
 from octoc.qtensor import Affine, Array, Cast, Palette, QTensor, Scheme, Sparse, difference
 from octoc.quantize.activations import Range, calibrate, rewrite
-from octoc.runtime.coreml import open_session
+from octoc.runtime.coreml import integer_operations, open_session
 from octoc.runtime.mil.reader import read_program
 from octoc.runtime.mil.storage import decode
 from tests.networks import trained_resnet20
@@ -576,12 +576,13 @@ class Residual(nn.Module):
         return self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
 
 
-def test_integer_activations_feed_every_layer_and_biases_hold_what_32_bit_codes_mean(tmp_path):
+@pytest.mark.parametrize("text", ["int8-channel", "int4-channel", "int4-tensor"])
+def test_integer_activations_feed_every_layer_and_biases_hold_what_32_bit_codes_mean(tmp_path, text):
     torch.manual_seed(0)
     model = from_module(Residual().eval(), [torch.randn(2, 3, 8, 8)])
     model = rewrite(model, calibrate(model, [(torch.randn(16, 3, 8, 8),)]))
     base = coreml.convert(model)
-    weights = compress(base, model, lambda layer: "int8-channel").qtensors
+    weights = compress(base, model, lambda layer: text).qtensors
     step = np.full(4, 1e-3, np.float32)
     codes = np.round(model.tensors["first.bias"].detach().numpy() / step).astype(np.int32)
     small = Compressed(model, {**weights, "first.bias": Affine(codes, step, None, 32)})
@@ -597,6 +598,7 @@ def test_integer_activations_feed_every_layer_and_biases_hold_what_32_bit_codes_
     bias = stored[layers[0].inputs["bias"][0]]
     assert np.array_equal(bias, small.qtensors["first.bias"].dequantize().astype(np.float16))
     assert error(path, small) < 2e-2  # one step of the output's 255 may be rounded the other way
+    assert integer_operations(path) == 3
     assert coremltools_takes(path)
 
 
@@ -649,8 +651,10 @@ def layer(*shape: int, axis: int = 0, kind: str = "conv") -> Layer:
         ("float16-sparse", (10, 12), False, None),
         ("int3-channel", (10, 12), False, "4 or 8 bits, not 3"),
         ("int4-group8", (8, 10), False, "10 input channels are not a multiple of groups of 8"),
-        ("int4-channel", (10, 12), True, "int8 weights"),
-        ("palette8-tensor", (10, 12), True, "int8 weights"),
+        ("int4-channel", (10, 12), True, None),
+        ("int2-channel", (10, 12), True, "4 or 8 bits, not 2"),
+        ("int4-group4", (10, 12), True, "one scale a tensor or channel"),
+        ("palette8-tensor", (10, 12), True, "integer weights"),
         ("int8-channel", (2, 2, 2, 2, 2, 2), False, "at most 5 axes"),
     ],
 )

@@ -87,13 +87,13 @@ def quantized(model: Model, scheme: Scheme, **options: Any) -> Compressed:
     return Compressed(model, codes)
 
 
-def integer(model: Model, x: Tensor, granularity: str = "channel") -> Compressed:
-    """8-bit activations and weights, 32-bit biases."""
+def integer(model: Model, x: Tensor, granularity: str = "channel", bits: int = 8) -> Compressed:
+    """8-bit activations, weights of 4 or 8 bits, 32-bit biases."""
     result = rewrite(model, calibrate(model, [(x,)], steps=10))
     codes: dict[str, QTensor] = {}
     for name, uses in integer_layers(result).items():
         ((node, source),) = uses
-        weight = rounded(model.tensors[name], Scheme("affine", 8, granularity), KINDS[node.target].axis)
+        weight = rounded(model.tensors[name], Scheme("affine", bits, granularity), KINDS[node.target].axis)
         bias = str(node.args[2].target)
         codes[name] = weight
         codes[bias] = encode_bias(model.tensors[bias].numpy(), weight, source.scale)
@@ -219,8 +219,9 @@ LAYER = Layer("w", "linear", (12, 10), 0, 120, 48, ("linear",))
         ("int3-channel", LAYER, False, "no 3-bit integers"),
         ("int6-tensor", LAYER, False, "no 6-bit integers"),
         ("int4-group8", LAYER, False, "10 input channels are not a multiple of groups of 8"),
-        ("int4-channel", LAYER, True, "8-bit weights"),
-        ("float16", LAYER, True, "8-bit weights"),
+        ("int2-channel", LAYER, True, "weights of 4 or 8 bits"),
+        ("int4-group5", LAYER, True, "one scale per channel or tensor"),
+        ("float16", LAYER, True, "weights of 4 or 8 bits"),
         ("int8-channel", Layer("w", "embedding", (12, 10), 0, 0, 48, ("e",)), True, "no embedding in integers"),
         ("int2-channel", Layer("w", "linear", (10, 8), 0, 80, 40, ("l",)), False, "no multiple of 4"),
     ],
@@ -234,6 +235,11 @@ def test_what_onnx_cannot_hold_is_refused_with_a_reason(text: str, layer: Layer,
 @pytest.mark.parametrize("text", ["int8-channel", "int4-tensor", "int2-group5", "float16"])
 def test_what_onnx_can_hold_is_accepted(text: str) -> None:
     assert exporter.accepts(Scheme.parse(text), LAYER, False) is None
+
+
+@pytest.mark.parametrize("text", ["int8-channel", "int8-tensor", "int4-channel", "int4-tensor"])
+def test_what_runs_in_integers_is_accepted(text: str) -> None:
+    assert exporter.accepts(Scheme.parse(text), LAYER, True) is None
 
 
 def test_a_tensor_without_onnx_form_is_an_error(
@@ -344,13 +350,19 @@ def test_resnet20_costs_little_beyond_its_weights(resnet20: tuple[Model, exporte
     assert runtime.optimized_operations(tmp_path / "int4.onnx")["DequantizeLinear"] == 0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_resnet20_runs_in_integers(resnet20: tuple[Model, exporter.Base], tmp_path: Path, granularity: str) -> None:
+def test_resnet20_runs_in_integers(
+    resnet20: tuple[Model, exporter.Base], tmp_path: Path, granularity: str, bits: int
+) -> None:
+    """Weights of 4 bits take 4 in the file, and the kernels of 8-bit ones."""
     model, _ = resnet20
     torch.manual_seed(0)
     x = torch.randn(16, 3, 32, 32)
-    small = integer(model, x, granularity)
+    small = integer(model, x, granularity, bits)
     path = written(small, tmp_path / "m.onnx")
+    assert path.stat().st_size < {4: 180_000, 8: 320_000}[bits]
+    onnx.checker.check_model(onnx.load(path), full_check=True)
     found = exporter.read_codes(path)
     assert all(difference(tensor, found[name]) is None for name, tensor in small.qtensors.items())
     operations = runtime.optimized_operations(path)
@@ -359,3 +371,46 @@ def test_resnet20_runs_in_integers(resnet20: tuple[Model, exporter.Base], tmp_pa
     (ours,), (theirs,) = outputs(path, x), small.decoded.run(x)
     # Sums that torch rounds to float32 and onnxruntime keeps as integers land on another code now and then.
     assert np.abs(ours - theirs.numpy()).max() < 0.05 * np.abs(theirs.numpy()).max()
+
+
+class Mixed(nn.Module):
+    """A convolution of odd size, a depthwise one, and a linear layer without a zero point of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep = nn.Conv2d(3, 7, 3, padding=1), nn.Conv2d(7, 7, 3, groups=7, stride=2)
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(F.relu(self.deep(F.relu(self.first(x)))).mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_four_bit_weights_run_where_eight_bit_ones_do(tmp_path: Path, granularity: str) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(8, 3, 9, 9)
+    small = integer(from_module(Mixed(), [x]), x, granularity, 4)
+    path = written(small, tmp_path / "m.onnx")
+    assert runtime.integer_operations(path) == 3
+    assert sum(t.data_type == onnx.TensorProto.INT4 for t in onnx.load(path).graph.initializer) == 3
+    (ours,), (theirs,) = outputs(path, x), small.decoded.run(x)
+    assert np.abs(ours - theirs.numpy()).max() < 0.02 * np.abs(theirs.numpy()).max()
+    # The optimiser computes the same as the file says.
+    last = runtime.open_session(path).trace({"x": x.numpy()})[-1]
+    np.testing.assert_allclose(next(iter(last.outputs.values())), ours, atol=0.02 * np.abs(ours).max())
+    found = exporter.read_codes(path)
+    assert all(difference(tensor, found[name]) is None for name, tensor in small.qtensors.items())
+
+
+def test_a_changed_nibble_between_int8_values_is_read_back(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(8, 3, 9, 9)
+    small = integer(from_module(Mixed(), [x]), x, "channel", 4)
+    path = written(small, tmp_path / "m.onnx")
+    weight = small.qtensors["first.weight"]
+    assert isinstance(weight, Affine)
+    stored = pack_codes(weight.codes, 4).tobytes()
+    assert path.read_bytes().count(stored) == 1
+    path.write_bytes(path.read_bytes().replace(stored, bytes([stored[0] ^ 16]) + stored[1:]))
+    assert difference(weight, exporter.read_codes(path)["first.weight"]) is not None

@@ -66,15 +66,15 @@ def coded(model: Model, text: str, names: frozenset[str]) -> dict[str, QTensor]:
     return tensors
 
 
-def in_integers(model: Model, samples: Tensor, granularity: str = "channel") -> Compressed:
-    """Activations in int8, weights in int8, biases in int32."""
+def in_integers(model: Model, samples: Tensor, granularity: str = "channel", bits: int = 8) -> Compressed:
+    """Activations in int8, weights in int8 or int4, biases in int32."""
     model = separate_biases(model)
     model = rewrite(model, calibrate(model, [(samples,)], steps=4))
     tensors: dict[str, QTensor] = {}
     for name, uses in integer_layers(model).items():
         for node, source in uses:
             kind = KINDS[node.target]
-            weight = encode(model.tensors[name].numpy(), Scheme("affine", 8, granularity), kind.axis)
+            weight = encode(model.tensors[name].numpy(), Scheme("affine", bits, granularity), kind.axis)
             assert isinstance(weight, Affine)
             tensors[name] = weight
             if kind.bias is not None and len(node.args) > kind.bias and node.args[kind.bias] is not None:
@@ -377,6 +377,60 @@ def test_a_layer_whose_codes_do_not_fit_integer_kernels_stays_float(
     np.testing.assert_allclose(run(path, (samples[:1],))[1], small.decoded.run(samples[:1])[1].numpy(), atol=0.02)
 
 
+# 4-bit weights between int8 values
+
+
+SHAPES = {
+    "filters": (lambda: nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, 2)), (3, 16, 16)),
+    "points": (lambda: nn.Sequential(nn.Conv2d(8, 16, 1)), (8, 9, 9)),
+    "an odd number of codes": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3)), (3, 9, 9)),
+    "groups": (lambda: nn.Sequential(nn.Conv2d(8, 16, 3, groups=2)), (8, 9, 9)),
+    "holes": (lambda: nn.Sequential(nn.Conv2d(8, 16, 3, dilation=2)), (8, 12, 12)),
+    "one axis": (lambda: nn.Sequential(nn.Conv1d(8, 16, 3)), (8, 12)),
+    "depthwise": (lambda: nn.Sequential(nn.Conv2d(5, 5, 3, padding=1, groups=5)), (5, 9, 9)),
+    "depthwise with holes": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)), (8, 9, 9)),
+    "two filters a channel": (lambda: nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, groups=8)), (8, 9, 9)),
+    "rows": (lambda: nn.Sequential(nn.Linear(32, 10), nn.ReLU(), nn.Linear(10, 4, bias=False)), (32,)),
+    "odd rows": (lambda: nn.Sequential(nn.Linear(33, 7)), (33,)),
+    "rows of tokens": (lambda: nn.Sequential(nn.Linear(32, 8)), (5, 32)),
+}
+_INT4_VERSIONS = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 7, "FULLY_CONNECTED": 10}  # those that take 4-bit weights
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_of_four_bit_weights_agree_with_the_definition_within_a_step(
+    name: str, granularity: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    make, shape = SHAPES[name]
+    samples = torch.randn(8, *shape)
+    small = in_integers(from_module(make(), [samples]), samples, granularity, 4)
+    path = write(tflite.convert(small.model), small, tmp_path)
+    assert_holds(path, small.qtensors)
+    graph = graph_of(path)
+    layers = [op for op in graph.operations if op.kind in _INT4_VERSIONS]
+    assert integer_operations(path) == len(layers) == len(integer_layers(small.model))
+    assert all(op.version >= _INT4_VERSIONS[op.kind] for op in layers)
+    last = graph.operations[-1].inputs[0]
+    assert last is not None
+    assert last.grid is not None
+    for sample in samples.split(1):
+        (found,), (expected,) = run(path, (sample,)), small.decoded.run(sample)
+        assert np.abs(found - expected.numpy()).max() <= 1.01 * last.grid.scale[0]
+
+
+def test_a_trained_network_of_four_bit_weights_takes_half_the_bytes(resnet: Trained, tmp_path: Path) -> None:
+    small = in_integers(resnet.model, resnet.images, bits=4)
+    path = write(tflite.convert(small.model), small, tmp_path)
+    assert path.stat().st_size < 190_000
+    assert integer_operations(path) == 20
+    assert_holds(path, small.qtensors)
+    found = np.concatenate([run(path, (image,))[0] for image in resnet.images.split(1)])
+    expected = np.concatenate([small.decoded.run(image)[0].numpy() for image in resnet.images.split(1)])
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
 # What is refused
 
 
@@ -386,9 +440,10 @@ def test_a_layer_whose_codes_do_not_fit_integer_kernels_stays_float(
         ("palette4-tensor", False, "look-up"),
         ("int4-channel-sparse", False, "zeros save no bytes"),
         ("int3-channel", False, "2, 4 or 8 bits"),
-        ("int4-channel", True, "8 bits"),
-        ("float16", True, "8 bits"),
+        ("int2-channel", True, "4 or 8 bits"),
+        ("float16", True, "4 or 8 bits"),
         ("int8-group4", True, "per tensor or output channel"),
+        ("int4-group4", True, "per tensor or output channel"),
         ("int4-group5", False, "not a multiple"),
     ],
 )
@@ -401,6 +456,8 @@ def test_the_planner_is_told_why_an_encoding_does_not_fit(scheme: str, integer: 
     [
         ("int8-channel", True),
         ("int8-tensor", True),
+        ("int4-channel", True),
+        ("int4-tensor", True),
         ("int4-group4", False),
         ("int2-channel", False),
         ("float16", False),
@@ -408,6 +465,12 @@ def test_the_planner_is_told_why_an_encoding_does_not_fit(scheme: str, integer: 
 )
 def test_the_planner_is_offered_what_files_can_hold(scheme: str, integer: bool) -> None:
     assert tflite.accepts(Scheme.parse(scheme), LAYER, integer) is None
+
+
+def test_a_transposed_convolution_has_no_kernel_for_four_bit_weights() -> None:
+    layer = Layer("w", "conv_transpose", (8, 4, 2, 2), 1, 0, 0, ("up",))
+    assert "4-bit weights of kind conv_transpose" in (tflite.accepts(Scheme.parse("int4-channel"), layer, True) or "")
+    assert tflite.accepts(Scheme.parse("int8-channel"), layer, True) is None
 
 
 def test_an_operation_that_the_converter_lacks_is_named_on_one_line(capfd: pytest.CaptureFixture[str]) -> None:

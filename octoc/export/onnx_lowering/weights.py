@@ -2,6 +2,7 @@
 
     Affine   codes ─► DequantizeLinear ─► [Reshape ─► Transpose] ─► the weight
              codes ─► Cast ─► Mul ─► [Reshape ─► Transpose] ─► the weight, where `at_load`
+             codes ─► Cast to int8 ─► DequantizeLinear ─► the weight, where `widened`
     Cast     float16 values ─► Cast ─► the weight
 
 DequantizeLinear takes one scale, one per index of an axis, or (two dimensions, codes of 8 bits or fewer) one per block
@@ -11,6 +12,9 @@ one scale per row. `Layout` holds what was done, and `decode` undoes it.
 
 onnxruntime decodes by DequantizeLinear at every call. That serves matrices, where it joins the two, and integer
 operations; a float convolution of ResNet-20 takes twice its time so. Cast and Mul it computes once, at load.
+
+Its integer kernels take 8-bit weights only. A Cast of 4-bit codes it computes at load too, before it joins
+DequantizeLinear and the operation: the file holds 4 bits a weight, and the kernel reads 8.
 """
 
 from __future__ import annotations
@@ -111,7 +115,12 @@ def choose(affine: Affine, transposed: bool) -> Layout:
 
 
 def encode(
-    name: str, tensor: QTensor, transposed: bool = False, explicit_zero: bool = False, at_load: bool = False
+    name: str,
+    tensor: QTensor,
+    transposed: bool = False,
+    explicit_zero: bool = False,
+    at_load: bool = False,
+    widened: bool = False,
 ) -> Stored:
     """Initializers and nodes for a compressed tensor.
 
@@ -121,6 +130,7 @@ def encode(
         transposed: the value of this name is the transposed matrix.
         explicit_zero: write a zero point of zeros where the tensor has none.
         at_load: decode by Cast and Mul, which onnxruntime computes once, instead of DequantizeLinear.
+        widened: DequantizeLinear reads int8, which codes without a zero point are cast to.
 
     Raises:
         ArtifactError: the tensor has no representation in ONNX.
@@ -135,7 +145,12 @@ def encode(
         raise ArtifactError(f"weight {name}: ONNX cannot hold {describe(tensor)}")
     layout = choose(tensor, transposed)
     parts = _parts(name, tensor, layout, explicit_zero, at_load)
-    nodes = _by_arithmetic(parts) if at_load else [_by_dequantize(parts, layout)]
+    if at_load:
+        nodes = _by_arithmetic(parts)
+    elif widened:
+        nodes = _by_widening(name, parts, layout)
+    else:
+        nodes = [_by_dequantize(parts, layout)]
     if tensor.scale.dtype == np.float16:
         nodes.append(helper.make_node("Cast", [""], [""], to=TensorProto.FLOAT))
     if layout.rows:
@@ -177,6 +192,17 @@ def _by_dequantize(parts: Mapping[str, TensorProto], layout: Layout) -> onnx.Nod
     if block:
         attributes["block_size"] = block
     return helper.make_node("DequantizeLinear", [part.name for part in parts.values()], [""], **attributes)
+
+
+def _by_widening(name: str, parts: dict[str, TensorProto], layout: Layout) -> list[onnx.NodeProto]:
+    """Cast and DequantizeLinear; a zero point, which is of the type of what it belongs to, becomes int8 in `parts`."""
+    if "zero_point" in parts:
+        zeros = np.zeros(tuple(parts["zero_point"].dims), np.int8)
+        parts["zero_point"] = numpy_helper.from_array(zeros, parts["zero_point"].name)
+    wide = f"{name}:int8"
+    dequantize = _by_dequantize(parts, layout)
+    dequantize.input[0] = wide
+    return [helper.make_node("Cast", [parts["codes"].name], [wide], to=TensorProto.INT8), dequantize]
 
 
 def _by_arithmetic(parts: Mapping[str, TensorProto]) -> list[onnx.NodeProto]:

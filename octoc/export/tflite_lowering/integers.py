@@ -5,8 +5,8 @@ Reference: the TensorFlow Lite 8-bit quantization specification (https://ai.goog
 1. QUANTIZE moves up and DEQUANTIZE moves down through operations that only move values (or pick the largest), so that
    those run on integers. Q(DQ(x)) with the same scale is x; with another scale it is a QUANTIZE of integers.
 2. An operation whose inputs all come from DEQUANTIZE and whose output goes to one QUANTIZE takes the integers, where
-   TFLite has an integer kernel for it. Its weight must be 8-bit codes without a zero point, within -127..127, and its
-   bias 32-bit codes. Kernels that cannot change the scale are followed by a QUANTIZE of integers.
+   TFLite has an integer kernel for it. Its weight must be codes of 8 bits, within -127..127, or of 4 without a zero
+   point, and its bias 32-bit codes. Kernels that cannot change the scale are followed by a QUANTIZE of integers.
 3. Transposes (and reshapes) in a row are joined, equal operations are done once, and what nobody reads goes.
 
 What does not fit stays a float operation between DEQUANTIZE and QUANTIZE: the same result, only slower.
@@ -48,12 +48,14 @@ _MOVES = {
 # The same for operations with several float inputs, which must agree on the scale.
 _JOINS = {"CONCATENATION": 2, "MAXIMUM": 2, "MINIMUM": 2, "PACK": 2}
 
-# Operations with a weight: position of input, weight and bias; the weight's channel axis; the version for int8.
+# Operations with a weight: position of input, weight and bias; the weight's channel axis; the versions that take int8
+# values, by the type of the weight.
+_INT8, _INT4 = schema.TensorType.INT8, schema.TensorType.INT4
 _WEIGHTED = {
-    "CONV_2D": (0, 1, 2, 0, 3),
-    "DEPTHWISE_CONV_2D": (0, 1, 2, 3, 3),
-    "FULLY_CONNECTED": (0, 1, 2, 0, 4),
-    "TRANSPOSE_CONV": (2, 1, 3, 0, 3),
+    "CONV_2D": (0, 1, 2, 0, {_INT8: 3, _INT4: 7}),
+    "DEPTHWISE_CONV_2D": (0, 1, 2, 3, {_INT8: 3, _INT4: 7}),
+    "FULLY_CONNECTED": (0, 1, 2, 0, {_INT8: 4, _INT4: 10}),
+    "TRANSPOSE_CONV": (2, 1, 3, 0, {_INT8: 3}),
 }
 _FULLY_CONNECTED_PER_CHANNEL = 12  # older runtimes compute garbage; the version makes them refuse
 
@@ -292,14 +294,14 @@ class _Fold:
         return [*before, _on_integers(op, inputs, grid, _JOINS[op.kind])]
 
     def _weighted(self, op: Operation, grid: Grid) -> list[Operation] | None:
-        source_at, weight_at, bias_at, axis, version = _WEIGHTED[op.kind]
+        source_at, weight_at, bias_at, axis, versions = _WEIGHTED[op.kind]
         source, weight = op.inputs[source_at], op.inputs[weight_at]
         bias = op.inputs[bias_at] if len(op.inputs) > bias_at else None
         integers = None if source is None else self._sources.get(source)
         if integers is None or integers.grid is None or weight is None:
             return None
         codes = self._weight(weight, axis)
-        if codes is None or codes.grid is None:
+        if codes is None or codes.grid is None or codes.type not in versions:
             return None
         inputs: dict[int, Value | None] = {source_at: integers, weight_at: codes}
         if bias is not None:
@@ -311,6 +313,7 @@ class _Fold:
             coded = inputs[bias_at]
             assert coded is not None
             self.stored[coded.name] = coded
+        version = versions[codes.type]
         if op.kind == "FULLY_CONNECTED" and codes.grid.scale.size > 1:
             version = _FULLY_CONNECTED_PER_CHANNEL
         return [_on_integers(op, inputs, grid, version)]
@@ -323,7 +326,7 @@ class _Fold:
         if coded is None or not isinstance(coded.tensor, Affine) or coded.name in self.stored:
             return None
         tensor = coded.tensor
-        if tensor.bits != 8 or not tensor.signed or (tensor.codes == -128).any():
+        if tensor.bits not in (4, 8) or not tensor.signed or (tensor.codes == -128).any():
             return None
         if tensor.zero_point is not None and tensor.zero_point.any():
             return None
