@@ -12,8 +12,9 @@ from torch import nn
 
 import octoc
 from octoc.errors import UsageError
+from octoc.packing import pack_codes
 from octoc.proof import NAME, artifact_files, artifact_sha256, read_proof, write_proof
-from octoc.qtensor import Affine, pack_codes
+from octoc.qtensor import Affine
 from octoc.recipe import Encode, read_recipe
 from octoc.verify import verify
 from tests.zoo import DEVICES, FORMATS, built, normal
