@@ -11,8 +11,10 @@ Neural Network", 2015. Labels are not used.
 3. The latent floats begin at the float weights, moved as little as keeps the codes that came.
 4. Biases and other vectors that are stored in floats are trained too.
 5. Loss: divergence of the outputs from the original's (KL of logits, else relative squared error). Adam, learning rates
-   relative to the distance between codes, falling along a cosine.
-6. The parameters of least divergence on held-out samples are kept; a quarter of the steps without a new best ends it.
+   relative to the distance between codes, falling along a cosine. How large they begin is tried: of a few multiples,
+   each for a twentieth of the steps, the one of least divergence on held-out samples. A network that lost much needs
+   ten times the rate that one which lost little can bear.
+6. The parameters of least divergence on held-out samples are kept; half of the steps without a new best end it.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ KIND = "tune"
 
 BATCH = 32
 STEPS = 1000
-RATES = {"weight": 1e-2, "scale": 5e-3, "table": 5e-3, "float": 3e-3}
+RATES = {"weight": 1e-3, "scale": 1e-3, "table": 5e-4, "float": 3e-4}
+MULTIPLES = (1.0, 4.0, 16.0)
+_TRIAL = 20  # one step in so many for each multiple
 _CHECKS = 20  # times that the held-out samples are asked
-_PATIENCE = 0.25  # of the steps
+_PATIENCE = 0.5  # of the steps
 _MARGIN = 0.05  # of a step or a cell: how far from its edge a latent float begins
 
 
@@ -180,6 +184,58 @@ class Student:
         return self.network(*inputs, *self.weights())
 
 
+class Descent:
+    """A student and the optimizer of its parameters.
+
+    Args:
+        job: what is trained.
+        seed: of the order of the samples.
+    """
+
+    def __init__(self, job: Task, seed: int) -> None:
+        self.job, self.seed, self.student = job, seed, Student(job)
+        self._rated = groups(self.student.parts)
+        self.parameters = [parameter for part in self._rated.values() for parameter in part.values()]
+        self.optimizer = torch.optim.Adam([{"params": list(part.values())} for part in self._rated.values()])
+
+    def gradients(self, done: int) -> None:
+        """Gradients of one batch."""
+        batch = self.job.take(self.job.shuffled(done, self.seed))
+        outputs = self.student.run(*batch)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(divergence(self.job.original.run(*batch), outputs, self.job.classes))
+
+    def descend(self, done: int, multiple: float) -> None:
+        """One step at a multiple of the learning rates."""
+        for group, key in zip(self.optimizer.param_groups, self._rated, strict=True):
+            group["lr"] = RATES[key] * multiple
+        self.gradients(done)
+        self.optimizer.step()
+
+    def score(self) -> float:
+        """Divergence on the held-out samples."""
+        return self.job.divergence(self.student.run)
+
+    def values(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    def restore(self, values: Iterable[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+
+
+def best_multiple(job: Task, total: int, seed: int) -> float:
+    """Step 5: the multiple of the learning rates that a short trial prefers."""
+    scores = {}
+    for multiple in MULTIPLES:
+        trial = Descent(job, seed)
+        for done in range(max(1, total // _TRIAL)):
+            trial.descend(done, multiple)
+        scores[multiple] = trial.score()
+    return min(MULTIPLES, key=scores.__getitem__)
+
+
 def tune(
     small: Compressed,
     original: Model,
@@ -214,65 +270,34 @@ def tune(
         ArtifactError: the state is damaged or belongs to something else.
     """
     job = task(small, original, inputs, BATCH, classes, encode_biases, seed)
-    student = Student(job)
-    rated = groups(student.parts)
-    optimizer = torch.optim.Adam([{"params": list(part.values()), "lr": RATES[key]} for key, part in rated.items()])
-    parameters = [parameter for part in rated.values() for parameter in part.values()]
+    descent = Descent(job, seed)
     saved = State(state, identity(small, original, inputs, "distill", classes, seed, steps, seconds))
-    found = saved.load()
-    done, least, least_at, best = 0, math.inf, 0, _values(parameters)
-    if found is None:
-        total = planned(steps, seconds, STEPS, lambda: torch.autograd.backward(_loss(job, student, 0, seed)))
+    at = saved.load()
+    if at is None:
+        training = None if seconds is None else seconds / (1 + len(MULTIPLES) / _TRIAL)
+        total = planned(steps, training, STEPS, lambda: descent.gradients(0))
+        at = {"done": 0, "total": total, "least": math.inf, "least_at": 0, "best": descent.values()}
+        at["multiple"] = best_multiple(job, total, seed) if total else 0.0
     else:
-        done, total, least, least_at, best = (found[key] for key in ("done", "total", "least", "least_at", "best"))
-        _restore(parameters, found["values"])
-        optimizer.load_state_dict(found["optimizer"])
-    every = max(1, total // _CHECKS)
+        descent.restore(at.pop("values"))
+        descent.optimizer.load_state_dict(at.pop("optimizer"))
+    done, total = at["done"], at["total"]
     step(done, total)
     while done < total:
-        if done % every == 0:
-            score = job.divergence(student.run)
-            if score < least:
-                least, least_at, best = score, done, _values(parameters)
-            if done - least_at > _PATIENCE * total:
+        if done % max(1, total // _CHECKS) == 0:
+            score = descent.score()
+            if score < at["least"]:
+                at |= {"least": score, "least_at": done, "best": descent.values()}
+            if done - at["least_at"] > _PATIENCE * total:
                 break
-            saved.save(
-                {
-                    "done": done,
-                    "total": total,
-                    "least": least,
-                    "least_at": least_at,
-                    "best": best,
-                    "values": _values(parameters),
-                    "optimizer": optimizer.state_dict(),
-                }
-            )
-        for group, key in zip(optimizer.param_groups, rated, strict=True):
-            group["lr"] = RATES[key] * (1 + math.cos(math.pi * done / total)) / 2
-        optimizer.zero_grad()
-        torch.autograd.backward(_loss(job, student, done, seed))
-        optimizer.step()
+            saved.save({**at, "done": done, "values": descent.values(), "optimizer": descent.optimizer.state_dict()})
+        descent.descend(done, at["multiple"] * (1 + math.cos(math.pi * done / total)) / 2)
         done += 1
         step(done, total)
-    if job.divergence(student.run) >= least:
-        _restore(parameters, best)
-    coded = {name: part.hard() for name, part in student.coded.items()}
-    floats = {name: part.weight() for name, part in student.floats.items()}
-    tuned = job.finish({**student.fixed, **coded}, floats, total, done)
+    if descent.score() >= at["least"]:
+        descent.restore(at["best"])
+    coded = {name: part.hard() for name, part in descent.student.coded.items()}
+    floats = {name: part.weight() for name, part in descent.student.floats.items()}
+    tuned = job.finish({**descent.student.fixed, **coded}, floats, total, done)
     saved.remove()
     return tuned
-
-
-def _loss(job: Task, student: Student, step: int, seed: int) -> Tensor:
-    batch = job.take(job.shuffled(step, seed))
-    return divergence(job.original.run(*batch), student.run(*batch), job.classes)
-
-
-def _values(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
-
-
-def _restore(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
