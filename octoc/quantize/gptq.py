@@ -80,7 +80,8 @@ class _Problem:
         """The target as a weight of this shape, output channels first, within what `dtype` holds."""
         largest = float(np.finfo(dtype).max)
         with np.errstate(over="ignore"):
-            return np.clip(np.ldexp(self.target, self.exponent), -largest, largest).reshape(shape)
+            weight = np.ldexp(self.target, self.exponent).reshape(shape)
+        return np.clip(weight, -largest, largest, out=weight)
 
     def importance(self, shape: tuple[int, ...]) -> Array:
         """The diagonal for each element of such a weight, at most 1."""
@@ -131,12 +132,20 @@ def encode(
     compared = problem.compared()
     alone = grid[0] == len(rows)  # no other row changes how a row is rounded
     plain = _USUAL[scheme.kind](rows[compared] if alone else rows, scheme, 0, dtype=dtype)
-    beside = plain.dequantize() if alone else plain.dequantize()[compared]
-    if problem.error(found.dequantize()[compared]) < problem.error(beside):
+    pair = (_part(found, compared), plain) if alone else (found, plain)
+    ours, theirs = (problem.error(q.dequantize() if alone else q.dequantize()[compared]) for q in pair)
+    if ours < theirs:
         return _channels_at(found, axis)
     if len(plain.codes) < len(rows):
         plain = _USUAL[scheme.kind](rows, scheme, 0, dtype=dtype)
     return _channels_at(plain, axis)
+
+
+def _part(stored: Affine | Palette, channels: Ints) -> Affine | Palette:
+    """Some output channels, where each has scales or tables of its own."""
+    if isinstance(stored, Affine):
+        return replace(stored, codes=stored.codes[channels], scale=stored.scale[channels])
+    return replace(stored, codes=stored.codes[channels], table=stored.table[channels])
 
 
 def _channels_at(stored: Affine | Palette, axis: int) -> Affine | Palette:
@@ -170,7 +179,12 @@ def _problem(weight: Array, axis: int, hessian: Hessian) -> _Problem:
 def _fit(problem: _Problem, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> Array:
     """Step 3: scales [*grid] or tables [*grid, entries]."""
     grid = scheme.grid(shape, 0)
-    tiles, counts = _sample(to_rows(problem.wanted(shape, dtype), grid), to_rows(problem.importance(shape), grid))
+    tiles, counts = to_rows(problem.wanted(shape, dtype), grid), to_rows(problem.importance(shape), grid)
+    size = max(_FEWEST, _FITTED // len(tiles))
+    if tiles.shape[1] >= 2 * size:
+        step = max(1, _FITTED // tiles.shape[1])  # few at a time take little memory
+        parts = [_sample(tiles[i : i + step], counts[i : i + step], size) for i in range(0, len(tiles), step)]
+        tiles, counts = (np.concatenate(part) for part in zip(*parts, strict=True))
     whole = replace(scheme, granularity="channel", group_size=0)
     first = _USUAL[scheme.kind](tiles, whole, 0, dtype=dtype, importance=counts)
     if isinstance(first, Palette):
@@ -187,17 +201,15 @@ def _fit(problem: _Problem, scheme: Scheme, shape: tuple[int, ...], dtype: str) 
     return np.where(other < one, -second.scale, first.scale).reshape(grid)
 
 
-def _sample(tiles: Array, counts: Array) -> tuple[Array, Array]:
-    """Of each tile its largest weights, and others evenly spread that count for all others.
+def _sample(tiles: Array, counts: Array, size: int) -> tuple[Array, Array]:
+    """Of each tile `size` weights evenly spread that count for all others, and an eighth as many, the largest.
 
     Args:
         tiles: [tiles, elements].
         counts: how much each element counts, at most 1, the same shape.
+        size: at most half the elements.
     """
-    size = max(_FEWEST, _FITTED // len(tiles))
     stride = tiles.shape[1] // size
-    if stride < 2:
-        return tiles, counts
     columns = np.arange(size) * stride + np.random.default_rng(0).integers(0, stride, size)  # no multiple of a kernel
     magnitude = np.abs(tiles)
     largest = np.argpartition(magnitude, -(size // 8), axis=1)[:, -(size // 8) :]
