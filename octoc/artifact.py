@@ -130,7 +130,8 @@ def _recovered(bench: Workbench, outcome: Outcome, out: Path) -> tuple[Outcome, 
         note = f"training is left out: its file takes {nbytes} B of {limit:.0f} B allowed"
         return replace(outcome, path=path, quality=bench.file_quality(path)), (note,)
     quality = bench.file_quality(path)
-    spent = f"trained {tuned.run} of {tuned.steps} steps: divergence on held-out samples "
+    method = bench.training.method if bench.training else ""
+    spent = f"trained by {method}, {tuned.run} of {tuned.steps} steps: divergence on held-out samples "
     note = f"{spent}{tuned.before:.4g} before, {tuned.after:.4g} after"
     points = [Point(p.nbytes, p.predicted, p.quality, "tried") if p.kind == "chosen" else p for p in outcome.points]
     points.append(Point(nbytes, sum(c.loss for c in outcome.plan), quality, "chosen"))

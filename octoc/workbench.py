@@ -35,7 +35,6 @@ from octoc.shared import Job, Shared
 
 Shifts = dict[str, tuple[float, ...]]
 
-RECOVERY = "distill"  # a file of octoc/recover/
 _COARSE = 4  # bits of a code; above, what GPTQ wins is less than float16 rounding costs
 
 
@@ -166,7 +165,10 @@ class Workbench:
             done = percent
 
         inputs, original = self.shared.calibration.inputs, self._floats()
-        request = (RECOVERY, self.shared.classes, self.options.seed, seconds, steps)
+        # Block by block where convolutions make blocks; few samples teach more there than through the whole network.
+        convolutions = any(layer.kind in ("conv", "depthwise") for layer in self.layers)
+        method = asked.method if asked is not None else "reconstruct" if convolutions else "distill"
+        request = (method, self.shared.classes, self.options.seed, seconds, steps)
         stem = f".{self.job.device.id}-{self.job.format}"
         state = out / f"{stem}-{identity(small, original, inputs, *request)[:16]}.recovery"
         with self.clock.stage("recover", "Training towards the original", 100):
@@ -174,7 +176,7 @@ class Workbench:
                 small,
                 original,
                 inputs,
-                RECOVERY,
+                method,
                 classes=self.shared.classes,
                 seed=self.options.seed,
                 steps=steps,

@@ -58,7 +58,7 @@ def test_training_helps_and_stands_in_the_report_and_the_recipe(
     artifact, out = trained
     assert artifact.held, artifact.failed
     assert artifact.quality > run(network, tmp_path).quality  # type: ignore[operator]
-    (note,) = [note for note in artifact.notes if note.startswith("trained ")]
+    (note,) = [note for note in artifact.notes if note.startswith("trained by distill, ")]
     assert "divergence on held-out samples" in note
     (step,) = read_recipe(out / BOARD / "coreml" / "recipe.json").of(Recover)
     assert (step.method, step.seed) == ("distill", 0)
