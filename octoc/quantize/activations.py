@@ -278,7 +278,7 @@ def make_room(weight: Affine, biases: Iterable[tuple[np.ndarray[Any, Any], float
     which the bias takes 2**30 the rounding of the weights is nothing beside the bias.
 
     Args:
-        weight: symmetric int8, one scale a tensor or a channel.
+        weight: symmetric, of 4 or 8 bits, one scale a tensor or a channel.
         biases: float32 [out] and the scale of the int8 input, for each operation that has a bias.
     """
     scale = weight.scale.astype(np.float64)

@@ -9,6 +9,9 @@ Reference: the TensorFlow Lite 8-bit quantization specification (https://ai.goog
    point, and its bias 32-bit codes. Kernels that cannot change the scale are followed by a QUANTIZE of integers.
 3. Transposes (and reshapes) in a row are joined, equal operations are done once, and what nobody reads goes.
 
+XNNPACK takes fully connected 4-bit weights; for convolutions LiteRT's own kernels unpack them on each run and round
+twice (to a fraction of a step, then to a step): up to 14 % of MobileNet's codes come out one off.
+
 What does not fit stays a float operation between DEQUANTIZE and QUANTIZE: the same result, only slower.
 """
 
