@@ -306,11 +306,12 @@ def test_layers_that_do_not_run_in_integers_keep_float_biases(model: Model) -> N
     assert encode_biases(folded, encode_weights(folded, steps, encoder)) == {}
 
 
-def test_only_symmetric_8_bit_weights_of_one_scale_a_channel_run_in_integers() -> None:
+def test_only_symmetric_4_and_8_bit_weights_of_one_scale_a_channel_run_in_integers() -> None:
     codes, scale = np.zeros((4, 6), np.int8), np.ones((4, 1), np.float32)
     assert runs_in_integers(Affine(codes, scale))
     assert runs_in_integers(Affine(codes, scale[:1]))
-    assert not runs_in_integers(Affine(codes, scale, None, 4, True))
+    assert runs_in_integers(Affine(codes, scale, None, 4, True))
+    assert not runs_in_integers(Affine(codes, scale, None, 2, True))
     assert not runs_in_integers(Affine(codes, scale, np.ones((4, 1), np.int8)))
     assert not runs_in_integers(Affine(codes.astype(np.uint8), scale, None, 8, False))
     assert not runs_in_integers(Affine(codes, np.ones((4, 2), np.float32)))
