@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from octoc.apply import Encoder, fingerprint, restructure
+from octoc.compressed import Compressed
 from octoc.data import Dataset
 from octoc.device import Device
 from octoc.evaluate import model_calls
@@ -61,6 +62,7 @@ class Shared:
     floats: bool  # a part of the network may compute in floats: every device can, and the user did not say int8-all
     bases: dict[tuple[str, str], Any] = field(default_factory=dict)
     encoders: dict[str, Encoder] = field(default_factory=dict)
+    sequential: dict[Any, tuple[Compressed, tuple[Note, ...]]] = field(default_factory=dict)
     calibrated: tuple[Equalize | QuantizeActivations, ...] = ()
     spared: tuple[Note, ...] = ()
     measured: Profile | None = None

@@ -210,8 +210,11 @@ class Workbench:
 
     def _sequential(self, steps: list[Encode]) -> tuple[dict[str, QTensor], Shifts]:
         """Codes by methods that look at what the layers before have left of their inputs, and shifts of biases."""
-        with self.clock.stage("encode", "Encoding layer after layer", len(steps)):
-            small, self.rounded = encode_sequentially(self._floats(), steps, self.encoder, self.shared.calls())
+        done, key = self.shared.sequential, (self.integer, tuple(steps))
+        if key not in done:
+            with self.clock.stage("encode", "Encoding layer after layer", len(steps)):
+                done[key] = encode_sequentially(self._floats(), steps, self.encoder, self.shared.calls())
+        small, self.rounded = done[key]
         return dict(small.qtensors), dict(small.shifts)
 
     def _floats(self) -> Model:
