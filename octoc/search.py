@@ -231,6 +231,11 @@ class Search:
             found = self.refined(limits)
             if found is None:
                 break
+            # Codes of the quick methods take as many bytes: what does not fit need not be encoded well.
+            excess = 0 if limits.nbytes is None else self._size(found) - int(limits.nbytes)
+            if excess > 0:
+                self.overhead += excess
+                continue
             compressed = self.tools.assemble(found, True)
             path, nbytes = self.tools.write(compressed)
             if limits.nbytes is None or nbytes <= limits.nbytes:
