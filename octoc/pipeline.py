@@ -28,6 +28,7 @@ from octoc.options import Asked, Options, parse_options
 from octoc.placement import offers, runs_only_int8, sparse_offers
 from octoc.progress import Clock, Progress, Silent
 from octoc.qtensor import Scheme
+from octoc.quantize import encoder
 from octoc.recipe import Decision, Factorize, FoldBatchNorm, Prune
 from octoc.report import ArtifactReport, Report
 from octoc.shared import Job, Shared
@@ -222,7 +223,20 @@ def _jobs(names: Sequence[str], extra: Path | None, options: Options) -> list[Jo
         jobs += [Job(device, fmt) for fmt in _formats(device, options)]
     if options.asked.text not in (None, "auto") or options.asked.names_codes:
         _check_offered(options.asked, jobs, options.sparsity is not None)
+    if options.method is not None:
+        _check_method(options.method, jobs)
     return jobs
+
+
+def _check_method(name: str, jobs: Sequence[Job]) -> None:
+    """A method that makes no encoding of any artefact would do nothing."""
+    kinds = encoder(name).ENCODES
+    offered = {offer.scheme.kind for job in jobs for offer in offers(job.device, job.format)}
+    if offered.isdisjoint(kinds):
+        raise UsageError(
+            f"--method {name} makes {' and '.join(kinds)} encodings, and these devices run none; "
+            f"they run {', '.join(sorted(offered))}"
+        )
 
 
 def _check_offered(asked: Asked, jobs: Sequence[Job], pruned: bool) -> None:

@@ -47,6 +47,7 @@ def summarize(
             *bench.offering.skipped,
             *(shared.spared if bench.integer else ()),
             *bench.rounded,
+            *bench.other_methods(plan),
             *uncoded(bench.model),
         ),
         fallbacks=(

@@ -234,6 +234,18 @@ class Workbench:
             for name, scheme in (choice.key for choice in plan)
         ]
 
+    def other_methods(self, plan: Plan) -> list[Note]:
+        """Weights that the user's method does not encode, because it makes no such codes."""
+        method = self.options.method
+        if method is None:
+            return []
+        kinds = method_named(method).ENCODES
+        return [
+            Note(name, f"encoded by the usual method: {method} makes no {scheme}")
+            for name, scheme in (choice.key for choice in plan)
+            if scheme.kind not in kinds
+        ]
+
     def _method(self, name: str, scheme: Scheme) -> str | None:
         """The recipe's method, the user's where it makes such codes, GPTQ where codes are coarse, or the usual."""
         if self.options.recipe is not None:

@@ -158,3 +158,14 @@ def test_sensitivities_of_one_run_serve_another_on_the_same_network_only(network
     kept.write_text(kept.read_text()[:40])
     with pytest.raises(UsageError, match=r"^sensitivities .*sensitivity\.json cannot be read: JSONDecodeError"):
         octoc.compress_model(network, out=tmp_path / "again", sensitivity=kept, **given)
+
+
+def test_a_method_that_makes_none_of_the_codes_is_refused_or_said(network: nn.Module) -> None:
+    given: dict[str, Any] = {"devices": ["iphone-15-pro"], "data": X, "dry_run": True}
+    with pytest.raises(UsageError, match=r"^--method higgs makes codebook encodings, and these devices run none"):
+        octoc.compress_model(network, method="higgs", **given)
+    (artifact,) = octoc.compress_model(network, method="palette", weights="int8", **given).artifacts
+    said = {note.reason for note in artifact.skipped}
+    assert any(reason.startswith("encoded by the usual method: palette makes no int8-") for reason in said)
+    (artifact,) = octoc.compress_model(network, method="gptq", weights="int8", **given).artifacts
+    assert artifact.skipped == ()
